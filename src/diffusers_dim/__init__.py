@@ -1,0 +1,42 @@
+"""Draw-In-Mind (DIM) as a diffusers-native package. Names are imported on first use."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "DIMConnector": "models.connector_dim",
+    "DIMProcessor": "models.processing_dim",
+    "DIMTransformer2DModel": "models.transformer_dim",
+    "DIMImageProcessor": "image_processor",
+    "DIMPipeline": "pipelines.pipeline_dim",
+    "DIMEditPipeline": "pipelines.pipeline_dim_edit",
+    "DIMPipelineOutput": "pipelines.pipeline_output",
+    "convert_released_checkpoint": "loaders.released",
+    "TINY_SHAPES": "tiny",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+if TYPE_CHECKING:
+    from .image_processor import DIMImageProcessor as DIMImageProcessor
+    from .loaders.released import convert_released_checkpoint as convert_released_checkpoint
+    from .models import DIMConnector as DIMConnector
+    from .models import DIMProcessor as DIMProcessor
+    from .models import DIMTransformer2DModel as DIMTransformer2DModel
+    from .pipelines import DIMEditPipeline as DIMEditPipeline
+    from .pipelines import DIMPipeline as DIMPipeline
+    from .pipelines import DIMPipelineOutput as DIMPipelineOutput
+    from .tiny import TINY_SHAPES as TINY_SHAPES
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

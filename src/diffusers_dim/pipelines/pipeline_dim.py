@@ -1,0 +1,663 @@
+# Copyright 2026 The diffusers-dim authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders import SanaLoraLoaderMixin
+from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from ..image_processor import DIMImageProcessor
+from ..models import DIMConnector, DIMProcessor, DIMTransformer2DModel
+from .pipeline_output import DIMPipelineOutput
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
+
+
+def pad_tokens(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Pads embeddings `(batch, tokens, ...)` or a mask `(batch, tokens)` with zeros on the right to `length` tokens."""
+    padding = length - tokens.shape[1]
+    if padding == 0:
+        return tokens
+    return torch.cat([tokens, tokens.new_zeros(tokens.shape[0], padding, *tokens.shape[2:])], dim=1)
+
+
+class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+    r"""
+    Text-to-image with Draw-In-Mind (https://huggingface.co/papers/2509.01986): a frozen vision-language model reads
+    the prompt, a connector turns its hidden states into condition tokens, and SANA paints.
+
+    Args:
+        text_encoder ([`~transformers.Qwen2_5_VLForConditionalGeneration`]):
+            Reads the prompt. Not needed when `prompt_embeds` are given.
+        processor ([`DIMProcessor`]):
+            Turns prompts into its inputs. Not needed when `prompt_embeds` are given.
+        connector ([`DIMConnector`]):
+            Turns hidden states into condition tokens, and holds the learned null condition. Not needed when
+            `prompt_embeds` and, with guidance, `negative_prompt_embeds` are given.
+        transformer ([`DIMTransformer2DModel`]):
+            Predicts the flow from latents to noise. Its input channels are its output channels.
+        vae ([`~diffusers.AutoencoderDC`]):
+            Between pictures and latents.
+        scheduler ([`~diffusers.DPMSolverMultistepScheduler`]):
+            Published setting: `use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"`.
+        default_guidance_scale (`float`, defaults to `7.5`):
+            The checkpoint's own guidance scale, used when a call names none.
+    """
+
+    model_cpu_offload_seq = "text_encoder->connector->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _optional_components = ["text_encoder", "processor", "connector"]
+    _latent_inputs = 1  # how many sets of latents the transformer takes side by side
+
+    def __init__(
+        self,
+        text_encoder: Qwen2_5_VLForConditionalGeneration | None,
+        processor: DIMProcessor | None,
+        connector: DIMConnector | None,
+        transformer: DIMTransformer2DModel,
+        vae: AutoencoderDC,
+        scheduler: SchedulerMixin | KarrasDiffusionSchedulers,
+        default_guidance_scale: float = 7.5,
+    ):
+        super().__init__()
+        self.register_modules(
+            text_encoder=text_encoder,
+            processor=processor,
+            connector=connector,
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+        )
+        self.register_to_config(default_guidance_scale=default_guidance_scale)
+        vae = getattr(self, "vae", None)
+        self.vae_scale_factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1) if vae is not None else 32
+        self.latent_channels = vae.config.latent_channels if vae is not None else 32
+        transformer = getattr(self, "transformer", None)
+        sample_size = transformer.config.sample_size if transformer is not None else 32
+        self.image_processor = DIMImageProcessor(
+            vae_scale_factor=self.vae_scale_factor, base_size=sample_size * self.vae_scale_factor
+        )
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1.0
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        height: int | None,
+        width: int | None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 7.5,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        max_sequence_length: int = 8192,
+    ) -> None:
+        """
+        Raises a `ValueError` that names the value and what is allowed, before anything is computed. Arguments are
+        those of `__call__`.
+        """
+        # 1. The checkpoint
+        channels, expected = self.transformer.config.in_channels, self._latent_inputs * self.latent_channels
+        if channels != expected:
+            kind = {1: "text-to-image", 2: "edit"}.get(channels // self.latent_channels, "unknown")
+            raise ValueError(
+                f"{type(self).__name__} needs a transformer with {expected} input channels ({self._latent_inputs} x"
+                f" {self.latent_channels} latent channels), but this one has {channels}: it is of the {kind} kind. Use"
+                " DIMEditPipeline for an edit checkpoint and DIMPipeline for a text-to-image one."
+            )
+
+        # 2. Size and numbers
+        if (height is None) != (width is None):
+            raise ValueError(f"Give both `height` and `width` or neither, not {height=} and {width=}.")
+        factor = self.vae_scale_factor
+        if height is not None and (height <= 0 or width <= 0 or height % factor or width % factor):
+            raise ValueError(
+                f"`height` and `width` have to be positive multiples of {factor}, but are {height} and {width}."
+            )
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` has to be at least 1, but is {num_images_per_prompt}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` has to be one of {list(OUTPUT_TYPES)}, but is {output_type!r}.")
+        unknown = [
+            name for name in callback_on_step_end_tensor_inputs or [] if name not in self._callback_tensor_inputs
+        ]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be among {self._callback_tensor_inputs}, but holds"
+                f" {unknown}."
+            )
+
+        # 3. Prompt and embeddings
+        if (prompt is None) == (prompt_embeds is None):
+            given = "neither" if prompt is None else "both"
+            raise ValueError(f"Give either `prompt` or `prompt_embeds`, not {given}.")
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text is not None and not (
+                isinstance(text, str) or (isinstance(text, list) and all(isinstance(item, str) for item in text))
+            ):
+                raise ValueError(f"`{name}` has to be a str or a list of str, but is {text!r}.")
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            if not prompts or not all(item.strip() for item in prompts):
+                raise ValueError(f"`prompt` has to hold at least one non-empty text, but is {prompt!r}.")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("Give either `negative_prompt` or `negative_prompt_embeds`, not both.")
+        needs_text = prompt is not None or negative_prompt is not None
+        missing = [name for name in self._optional_components if needs_text and getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"A prompt needs {missing}, but this pipeline has None there: give embeddings instead.")
+        guided = guidance_scale > 1.0
+        if guided and negative_prompt is None and negative_prompt_embeds is None and self.connector is None:
+            raise ValueError(
+                "Guidance needs the connector's null condition, but this pipeline's connector is None: give"
+                " `negative_prompt_embeds`, or turn guidance off by `guidance_scale=1.0`."
+            )
+        for name, embeds, mask in (
+            ("prompt", prompt_embeds, prompt_attention_mask),
+            ("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask),
+        ):
+            if embeds is None:
+                if mask is not None:
+                    raise ValueError(f"`{name}_attention_mask` goes with `{name}_embeds`, which are not given.")
+                continue
+            caption_channels = self.transformer.config.caption_channels
+            if embeds.ndim != 3 or embeds.shape[1] == 0 or embeds.shape[2] != caption_channels:
+                raise ValueError(
+                    f"`{name}_embeds` have to be connector outputs of shape (batch, tokens, {caption_channels}), but are"
+                    f" of shape {tuple(embeds.shape)}."
+                )
+            if mask is not None and mask.shape != embeds.shape[:2]:
+                raise ValueError(
+                    f"`{name}_attention_mask` has to be of shape {tuple(embeds.shape[:2])} like `{name}_embeds`, but is"
+                    f" of shape {tuple(mask.shape)}."
+                )
+        if self.connector is not None and not 1 <= max_sequence_length <= self.connector.config.max_sequence_length:
+            raise ValueError(
+                f"`max_sequence_length` has to be from 1 to {self.connector.config.max_sequence_length}, this"
+                f" connector's null condition, but is {max_sequence_length}."
+            )
+
+        # 4. Batch sizes
+        batch_size = self._get_batch_size(prompt, prompt_embeds)
+        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+            raise ValueError(f"Got {len(negative_prompt)} negative prompts for {batch_size} prompts.")
+        if negative_prompt_embeds is not None and negative_prompt_embeds.shape[0] != batch_size:
+            raise ValueError(
+                f"Got {negative_prompt_embeds.shape[0]} `negative_prompt_embeds` for {batch_size} prompts."
+            )
+        total = batch_size * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != total:
+            raise ValueError(
+                f"Got {len(generator)} generators for {total} images ({batch_size} prompts x {num_images_per_prompt})."
+            )
+
+    def check_latents(self, latents: torch.Tensor | None, batch_size: int, height: int, width: int) -> None:
+        """Raises a `ValueError` if given `latents` are not of the shape that `batch_size` pictures of that size need."""
+        shape = (batch_size, self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"`latents` have to be of shape {shape}, but are of shape {tuple(latents.shape)}.")
+
+    @staticmethod
+    def _get_batch_size(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
+        if prompt_embeds is not None:
+            return prompt_embeds.shape[0]
+        return 1 if isinstance(prompt, str) else len(prompt)
+
+    def _get_prompt_embeds(
+        self,
+        prompt: list[str],
+        image: list[Image.Image] | None,
+        height: int | None,
+        width: int | None,
+        device: torch.device,
+        max_sequence_length: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = self.processor.encode(prompt, image, height, width)
+        condition_mask = inputs.pop("condition_mask").to(device)
+        inputs = inputs.to(device)
+        # Through the model's own forward, for its hooks' sake; the last of the hidden states is the normed one.
+        outputs = self.text_encoder(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+        rows = [
+            hidden_states[mask][-max_sequence_length:]
+            for hidden_states, mask in zip(outputs.hidden_states[-1], condition_mask.to(outputs.logits.device))
+        ]
+        hidden_states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(hidden_states.shape[1], device=device) < lengths[:, None]
+        hidden_states = hidden_states.to(device=device, dtype=self.connector.dtype)
+        return self.connector(hidden_states).prompt_embeds, mask
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        image: list[Image.Image] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int = 8192,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        r"""
+        Encodes prompts, each with its source picture for an edit, into condition tokens.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                The texts the painter reads; not used when `prompt_embeds` are given.
+            image (`list[PIL.Image.Image]`, *optional*):
+                For an edit: one RGB source a prompt.
+            height (`int`, *optional*):
+                For an edit: height in pixels of the picture to be painted.
+            width (`int`, *optional*):
+                For an edit: width in pixels of the picture to be painted.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to guide away from. `None` and empty texts stand for the learned null condition: its first rows,
+                as many as the condition has, under the condition's mask.
+            do_classifier_free_guidance (`bool`, defaults to `True`):
+                Whether negative embeddings are wanted.
+            num_images_per_prompt (`int`, defaults to 1):
+                How often each row is repeated.
+            device (`torch.device`, *optional*):
+                Where to compute; the pipeline's execution device by default.
+            prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, caption_channels)`, *optional*):
+                Connector outputs to use as they are.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                True or 1 where `prompt_embeds` hold a token; all by default.
+            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, caption_channels)`, *optional*):
+                Connector outputs to guide away from.
+            negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                The same for `negative_prompt_embeds`.
+            max_sequence_length (`int`, defaults to 8192):
+                The last so many condition tokens are kept.
+
+        Returns:
+            `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`, each
+            with `batch_size * num_images_per_prompt` rows; the last two are `None` without guidance.
+        """
+        device = device or self._execution_device
+
+        if prompt_embeds is None:
+            prompt = [prompt] if isinstance(prompt, str) else prompt
+            prompt_embeds, prompt_attention_mask = self._get_prompt_embeds(
+                prompt, image, height, width, device, max_sequence_length
+            )
+        prompt_embeds = prompt_embeds.to(device)
+        if prompt_attention_mask is None:
+            prompt_attention_mask = torch.ones(prompt_embeds.shape[:2], device=device)
+        prompt_attention_mask = prompt_attention_mask.to(device=device, dtype=torch.bool)
+
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            batch_size, length, _ = prompt_embeds.shape
+            null_embeds = self.connector(null_length=length).null_embeds.to(device=device, dtype=prompt_embeds.dtype)
+            negative_prompt_embeds = null_embeds.expand(batch_size, -1, -1)
+            negative_prompt_attention_mask = prompt_attention_mask
+
+            texts = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt or []
+            rows = [index for index, text in enumerate(texts) if text.strip()]
+            if rows:
+                embeds, mask = self._get_prompt_embeds(
+                    [texts[index] for index in rows],
+                    None if image is None else [image[index] for index in rows],
+                    height,
+                    width,
+                    device,
+                    max_sequence_length,
+                )
+                length = max(length, embeds.shape[1])
+                negative_prompt_embeds = pad_tokens(negative_prompt_embeds, length).clone()
+                negative_prompt_attention_mask = pad_tokens(negative_prompt_attention_mask, length).clone()
+                negative_prompt_embeds[rows] = pad_tokens(embeds, length).to(negative_prompt_embeds.dtype)
+                negative_prompt_attention_mask[rows] = pad_tokens(mask, length)
+
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        prompt_attention_mask = prompt_attention_mask.repeat_interleave(num_images_per_prompt, dim=0)
+        if not do_classifier_free_guidance:
+            return prompt_embeds, prompt_attention_mask, None, None
+
+        negative_prompt_embeds = negative_prompt_embeds.to(device=device, dtype=prompt_embeds.dtype)
+        if negative_prompt_attention_mask is None:
+            negative_prompt_attention_mask = torch.ones(negative_prompt_embeds.shape[:2], device=device)
+        negative_prompt_attention_mask = negative_prompt_attention_mask.to(device=device, dtype=torch.bool)
+        negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        negative_prompt_attention_mask = negative_prompt_attention_mask.repeat_interleave(num_images_per_prompt, dim=0)
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Noise of shape `(batch_size, latent_channels, height / vae_scale_factor, width / vae_scale_factor)` in float32,
+        or the given `latents`.
+        """
+        if latents is not None:
+            return latents.to(device=device, dtype=torch.float32)
+        shape = (batch_size, self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        prompt_attention_mask: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        image_latents: torch.Tensor | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> torch.Tensor:
+        r"""
+        Walks `latents` from noise to picture along `timesteps` (already set on the scheduler), with one forward of the
+        transformer a step, of twice the batch under guidance.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, latent_channels, height, width)`):
+                Noise, float32.
+            timesteps (`torch.Tensor` of shape `(num_inference_steps,)`):
+                The scheduler's timesteps.
+            prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask:
+                As returned by `encode_prompt`.
+            image_latents (`torch.Tensor` of the shape of `latents`, *optional*):
+                The source's latents, joined to the noisy ones along the channels.
+            callback_on_step_end (`Callable`, *optional*):
+                See `__call__`.
+            callback_on_step_end_tensor_inputs (`list[str]`):
+                See `__call__`.
+
+        Returns:
+            `torch.Tensor`: Denoised latents, float32.
+        """
+        dtype = self.transformer.dtype
+        encoder_hidden_states = encoder_attention_mask = guided = None
+        self._num_timesteps = len(timesteps)
+
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+
+                # A callback may switch guidance off or change the embeddings: then this is built anew.
+                if encoder_hidden_states is None or guided != self.do_classifier_free_guidance:
+                    guided = self.do_classifier_free_guidance
+                    encoder_hidden_states, encoder_attention_mask = prompt_embeds, prompt_attention_mask
+                    if guided:
+                        length = max(prompt_embeds.shape[1], negative_prompt_embeds.shape[1])
+                        encoder_hidden_states = torch.cat(
+                            [pad_tokens(negative_prompt_embeds, length), pad_tokens(prompt_embeds, length)]
+                        )
+                        encoder_attention_mask = torch.cat(
+                            [
+                                pad_tokens(negative_prompt_attention_mask, length),
+                                pad_tokens(prompt_attention_mask, length),
+                            ]
+                        )
+                    encoder_hidden_states = encoder_hidden_states.to(dtype)
+                    # Fused attention takes no mask, and none is needed where nothing is padded.
+                    encoder_attention_mask = None if encoder_attention_mask.all() else encoder_attention_mask.to(dtype)
+
+                model_input = latents if image_latents is None else torch.cat([latents, image_latents], dim=1)
+                if guided:
+                    model_input = torch.cat([model_input] * 2)
+                noise_pred = self.transformer(
+                    model_input.to(dtype),
+                    encoder_hidden_states=encoder_hidden_states,
+                    timestep=t.expand(model_input.shape[0]) * self.transformer.config.timestep_scale,
+                    encoder_attention_mask=encoder_attention_mask,
+                    attention_kwargs=self.attention_kwargs,
+                    return_dict=False,
+                )[0].float()
+                if guided:
+                    noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+                    noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
+
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                        "image_latents": image_latents,
+                    }
+                    kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, kwargs) or {}
+                    latents = changed.get("latents", latents)
+                    image_latents = changed.get("image_latents", image_latents)
+                    if any(changed.get(name, tensors[name]) is not tensors[name] for name in EMBEDS):
+                        prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
+                        negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
+                        encoder_hidden_states = None
+
+                progress_bar.update()
+
+        self._current_timestep = None
+        return latents
+
+    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
+        """
+        Pictures of the `output_type` from denoised latents `(batch_size, latent_channels, height, width)`; the latents
+        themselves for "latent".
+        """
+        if output_type == "latent":
+            return latents
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        image = self.vae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(image.float(), output_type=output_type)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 30,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        use_resolution_binning: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        max_sequence_length: int = 8192,
+    ) -> DIMPipelineOutput | tuple:
+        r"""
+        Paints pictures from text.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                What to paint. Either this or `prompt_embeds`.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to guide away from; the learned null condition by default and for empty texts.
+            height (`int`, *optional*):
+                Height in pixels, a multiple of the VAE's factor (32); with `width`. The model's base size by default.
+            width (`int`, *optional*):
+                Width in pixels.
+            num_inference_steps (`int`, defaults to 30):
+                Denoising steps.
+            timesteps (`list[int]`, *optional*):
+                Timesteps of one's own, descending, for a scheduler that takes them.
+            sigmas (`list[float]`, *optional*):
+                Sigmas of one's own, descending, for a scheduler that takes them.
+            guidance_scale (`float`, *optional*):
+                Classifier-free guidance (https://huggingface.co/papers/2207.12598); the checkpoint's own by default,
+                off at 1.0 and below.
+            num_images_per_prompt (`int`, defaults to 1):
+                Pictures a prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of the noise, one for all or one a picture.
+            latents (`torch.Tensor` of shape `(pictures, latent_channels, height / factor, width / factor)`, *optional*):
+                Noise to start from.
+            prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, caption_channels)`, *optional*):
+                Connector outputs in place of `prompt`.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                1 where `prompt_embeds` hold a token; all by default.
+            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, caption_channels)`, *optional*):
+                Connector outputs to guide away from.
+            negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                1 where `negative_prompt_embeds` hold a token; all by default.
+            output_type (`str`, defaults to `"pil"`):
+                "pil", "np" or "pt" (in [0, 1]), or "latent".
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`DIMPipelineOutput`] or a tuple.
+            attention_kwargs (`dict`, *optional*):
+                Passed to the transformer; `{"scale": ...}` scales its LoRA layers.
+            use_resolution_binning (`bool`, defaults to `True`):
+                For edits without a size; without effect here, where a size is exact.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; tensors in the dict it
+                returns replace the pipeline's.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Which tensors `callback_kwargs` holds, among `_callback_tensor_inputs`.
+            max_sequence_length (`int`, defaults to 8192):
+                The last so many condition tokens are kept.
+
+        Examples:
+            ```py
+            >>> from diffusers_dim import DIMPipeline
+            >>> pipe = DIMPipeline.from_pretrained("path/to/converted/DIM-4.6B-T2I", dtype=torch.bfloat16).to("cuda")
+            >>> pipe("A table with a bowl of fruit near a window.").images[0].save("fruit.png")
+            ```
+
+        Returns:
+            [`DIMPipelineOutput`], or a tuple whose first element is the pictures.
+
+        Raises:
+            ValueError: For inputs that make no sense, before anything is computed.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        if height is None and width is None:
+            height = width = self.image_processor.base_size
+
+        # 1. Check inputs
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
+        batch_size = self._get_batch_size(prompt, prompt_embeds) * num_images_per_prompt
+        self.check_latents(latents, batch_size, height, width)
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+        device = self._execution_device
+
+        # 2. Encode the prompt
+        conditions = self.encode_prompt(
+            prompt,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_images_per_prompt=num_images_per_prompt,
+            device=device,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+        )
+
+        # 3. Prepare timesteps and latents
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler, num_inference_steps, device, timesteps, sigmas
+        )
+        latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
+
+        # 4. Denoise
+        latents = self.denoise(
+            latents,
+            timesteps,
+            *conditions,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+        # 5. Decode
+        images = self.decode_latents(latents, output_type)
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images,)
+        return DIMPipelineOutput(images=images)

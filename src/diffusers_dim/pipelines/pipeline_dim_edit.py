@@ -1,0 +1,294 @@
+# Copyright 2026 The diffusers-dim authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
+from PIL import Image
+
+from ..image_processor import ImageInput
+from .pipeline_dim import DIMPipeline
+from .pipeline_output import DIMPipelineOutput
+
+
+class DIMEditPipeline(DIMPipeline):
+    r"""
+    Instruction image editing with Draw-In-Mind (https://huggingface.co/papers/2509.01986): a frozen vision-language
+    model reads the source and the text, a connector turns its hidden states into condition tokens, and SANA paints
+    with the source's latents beside the noisy ones.
+
+    Components are those of [`DIMPipeline`]; the transformer takes twice as many channels as it gives.
+
+    Attributes:
+        designer (`object`, *optional*):
+            What writes the blueprint of an edit: its `design(images, instructions)` returns one text for each. `None`
+            by default: the prompt goes to the painter verbatim.
+    """
+
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "image_latents"]
+    _latent_inputs = 2
+
+    designer = None
+
+    def get_height_width(self, image: list[Image.Image], use_resolution_binning: bool = True) -> tuple[int, int]:
+        """
+        The size in pixels (height, width) that sources are edited at when none is asked for, see
+        [`DIMImageProcessor.get_default_height_width`].
+
+        Raises:
+            ValueError: If the sources differ in shape so that they need different sizes.
+        """
+        sizes = {self.image_processor.get_default_height_width(item, use_resolution_binning) for item in image}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"These images differ in shape and would be edited at sizes (height, width) {sorted(sizes)}: give"
+                " `height` and `width`, or edit them in calls of one shape each."
+            )
+        return sizes.pop()
+
+    def design(
+        self,
+        image: list[Image.Image],
+        prompt: list[str],
+        blueprint: str | list[str] | None = None,
+    ) -> list[str | None]:
+        """
+        The blueprints of a batch of edits: the given ones, else the designer's, else `None` for each.
+
+        Raises:
+            ValueError: If there are not as many blueprints as images.
+        """
+        if blueprint is not None:
+            blueprints = [blueprint] * len(image) if isinstance(blueprint, str) else list(blueprint)
+        elif self.designer is not None:
+            blueprints = list(self.designer.design(image, prompt))
+        else:
+            return [None] * len(image)
+        if len(blueprints) != len(image):
+            raise ValueError(f"Got {len(blueprints)} blueprints for {len(image)} images.")
+        return blueprints
+
+    def prepare_image_latents(
+        self,
+        image: list[Image.Image],
+        height: int,
+        width: int,
+        device: torch.device,
+        num_images_per_prompt: int = 1,
+    ) -> torch.Tensor:
+        """
+        Scaled latents of the sources, `(batch_size * num_images_per_prompt, latent_channels, height / factor, width /
+        factor)`, float32.
+        """
+        pixels = self.image_processor.preprocess(image, height, width).to(device=device, dtype=self.vae.dtype)
+        image_latents = self.vae.encode(pixels, return_dict=False)[0].float() * self.vae.config.scaling_factor
+        return image_latents.repeat_interleave(num_images_per_prompt, dim=0)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: ImageInput | None = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 30,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        blueprint: str | list[str] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        use_resolution_binning: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        max_sequence_length: int = 8192,
+    ) -> DIMPipelineOutput | tuple:
+        r"""
+        Edits pictures as instructions say.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
+                What to edit: one picture for all prompts or one a prompt. See [`DIMImageProcessor.to_rgb`] for what is
+                taken.
+            prompt (`str` or `list[str]`, *optional*):
+                The instructions; one text serves all images. Either this or `prompt_embeds`.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to guide away from; the learned null condition by default and for empty texts.
+            height (`int`, *optional*):
+                Height in pixels, a multiple of the VAE's factor (32); with `width`. The result is exactly of that size:
+                the source's shorter side is brought to it and its centre is cut out. By default the nearest of SANA's
+                aspect-ratio bins to the source's own.
+            width (`int`, *optional*):
+                Width in pixels.
+            num_inference_steps (`int`, defaults to 30):
+                Denoising steps.
+            timesteps (`list[int]`, *optional*):
+                Timesteps of one's own, descending, for a scheduler that takes them.
+            sigmas (`list[float]`, *optional*):
+                Sigmas of one's own, descending, for a scheduler that takes them.
+            guidance_scale (`float`, *optional*):
+                Classifier-free guidance (https://huggingface.co/papers/2207.12598); the checkpoint's own by default,
+                off at 1.0 and below.
+            num_images_per_prompt (`int`, defaults to 1):
+                Pictures a prompt; those of one prompt lie together.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of the noise, one for all or one a picture.
+            latents (`torch.Tensor` of shape `(pictures, latent_channels, height / factor, width / factor)`, *optional*):
+                Noise to start from.
+            prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, caption_channels)`, *optional*):
+                Connector outputs in place of `prompt`; the source is still painted from.
+            prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                1 where `prompt_embeds` hold a token; all by default.
+            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, caption_channels)`, *optional*):
+                Connector outputs to guide away from.
+            negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                1 where `negative_prompt_embeds` hold a token; all by default.
+            blueprint (`str` or `list[str]`, *optional*):
+                The edit's design in words, one for all or one a prompt, which the painter reads in the prompt's place.
+                Without one the `designer` writes it, if the pipeline has one; else the prompt goes in verbatim.
+            output_type (`str`, defaults to `"pil"`):
+                "pil", "np" or "pt" (in [0, 1]), or "latent".
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`DIMPipelineOutput`] or a tuple.
+            attention_kwargs (`dict`, *optional*):
+                Passed to the transformer; `{"scale": ...}` scales its LoRA layers.
+            use_resolution_binning (`bool`, defaults to `True`):
+                Without a size: whether to take SANA's nearest bin, or the source's own aspect ratio at the model's base
+                area, rounded to the VAE's factor.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; tensors in the dict it
+                returns replace the pipeline's.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Which tensors `callback_kwargs` holds, among `_callback_tensor_inputs`.
+            max_sequence_length (`int`, defaults to 8192):
+                The last so many condition tokens are kept.
+
+        Examples:
+            ```py
+            >>> from diffusers_dim import TINY_SHAPES, DIMEditPipeline
+            >>> from diffusers_dim.tiny import sample_edits
+            >>> pipe = DIMEditPipeline.from_pretrained(TINY_SHAPES)
+            >>> edit = sample_edits(1, seed=0)[0]
+            >>> pipe(edit.source, edit.instruction).images[0].save("edited.png")
+            ```
+
+        Returns:
+            [`DIMPipelineOutput`], or a tuple whose first element is the pictures.
+
+        Raises:
+            ValueError: For inputs that make no sense, before anything is computed.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+
+        # 1. Check inputs
+        if image is None:
+            raise ValueError("`image` is what to edit and cannot be None: use DIMPipeline to paint from text alone.")
+        if blueprint is not None and prompt_embeds is not None:
+            raise ValueError("Give either `blueprint` or `prompt_embeds`, not both.")
+        images = self.image_processor.to_rgb(image)
+        if prompt is None and prompt_embeds is None and blueprint is not None:
+            prompt = blueprint
+        if isinstance(prompt, str):
+            prompt = [prompt] * len(images)
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
+        )
+        batch_size = self._get_batch_size(prompt, prompt_embeds)
+        if len(images) == 1:
+            images = images * batch_size
+        if len(images) != batch_size:
+            raise ValueError(f"Got {len(images)} images for {batch_size} prompts: give one for all or one a prompt.")
+        if height is None:
+            height, width = self.get_height_width(images, use_resolution_binning)
+        self.check_latents(latents, batch_size * num_images_per_prompt, height, width)
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+        device = self._execution_device
+
+        # 2. Design the edit
+        blueprints = [None] * batch_size
+        if prompt is not None:
+            blueprints = self.design(images, prompt, blueprint)
+            prompt = [text if design is None else str(design) for text, design in zip(prompt, blueprints)]
+
+        # 3. Encode prompt and source
+        conditions = self.encode_prompt(
+            prompt,
+            images,
+            height,
+            width,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=self.do_classifier_free_guidance,
+            num_images_per_prompt=num_images_per_prompt,
+            device=device,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+        )
+        image_latents = self.prepare_image_latents(images, height, width, device, num_images_per_prompt)
+
+        # 4. Prepare timesteps and latents
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler, num_inference_steps, device, timesteps, sigmas
+        )
+        latents = self.prepare_latents(batch_size * num_images_per_prompt, height, width, device, generator, latents)
+
+        # 5. Denoise
+        latents = self.denoise(
+            latents,
+            timesteps,
+            *conditions,
+            image_latents=image_latents,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
+
+        # 6. Decode
+        images = self.decode_latents(latents, output_type)
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images, blueprints)
+        return DIMPipelineOutput(images=images, blueprints=blueprints)
