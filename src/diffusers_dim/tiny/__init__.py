@@ -1,0 +1,10 @@
+"""The embedded model: a really trained tiny edit model (`TINY_SHAPES`), and the picture world that it learned."""
+
+from pathlib import Path
+
+from diffusers_dim.tiny.world import EDIT_KINDS, EditSample, sample_edits, sample_scenes
+
+
+TINY_SHAPES = str(Path(__file__).parent / "shapes")
+
+__all__ = ["EDIT_KINDS", "TINY_SHAPES", "EditSample", "sample_edits", "sample_scenes"]

@@ -1,0 +1,60 @@
+# Copyright 2026 The diffusers-dim authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Folders `checkpoint-N` that are whole or not there."""
+
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    found = (path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdecimal())
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest finished checkpoint of a run, or `None`."""
+    return next(reversed(list_checkpoints(output_dir)), None)
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int) -> Path:
+    """
+    Saves the accelerator's state (weights, optimizer, schedules, random states) as `checkpoint-{step}`: written aside
+    first and then renamed, so that a run killed at any moment leaves no half of one. All processes call it.
+
+    Args:
+        accelerator (`Accelerator`): With everything that is to be resumed prepared or registered.
+        output_dir (`str` or `Path`): The run's folder.
+        step (`int`): Optimizer steps done.
+    """
+    target = Path(output_dir) / f"checkpoint-{step}"
+    aside = Path(output_dir) / f"saving-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    return target
+
+
+def prune_checkpoints(output_dir: str | Path, limit: int | None) -> None:
+    """Removes the oldest checkpoints until at most `limit` are left; `None` keeps all."""
+    if limit is not None:
+        for path in list_checkpoints(output_dir)[: -limit or None]:
+            shutil.rmtree(path)
