@@ -1,0 +1,4 @@
+from .released import ConvertedCheckpoint, convert_released_checkpoint
+
+
+__all__ = ["ConvertedCheckpoint", "convert_released_checkpoint"]

@@ -1,0 +1,80 @@
+# Copyright 2026 The diffusers-dim authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fixtures of the golden models: tiny released checkpoints and what the published code computed from them."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_dim.loaders import convert_released_checkpoint
+
+
+class Golden(NamedTuple):
+    """
+    A golden case.
+
+    Args:
+        path (`Path`): Holds `model.safetensors`, `qwen`, `vae_base`, `transformer_config.json` and `source.png`.
+        tensors (`dict[str, torch.Tensor]`): What the published code computed, step by step.
+        settings (`dict`): The prompt, resolution, steps, guidance scale and seed.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    settings: dict[str, Any]
+
+
+def load_golden(path: Path) -> Golden:
+    return Golden(path, load_file(path / "golden.safetensors"), json.loads((path / "golden.json").read_text()))
+
+
+def convert_golden(golden: Golden, output: Path) -> Path:
+    return convert_released_checkpoint(
+        checkpoint=golden.path / "model.safetensors",
+        text_encoder=golden.path / "qwen",
+        vae=golden.path / "vae_base",
+        output=output,
+        transformer_config=golden.path / "transformer_config.json",
+    ).path
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    return Path(__file__).parent / "fixtures" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_edit(golden_dir) -> Golden:
+    return load_golden(golden_dir / "edit")
+
+
+@pytest.fixture(scope="session")
+def golden_t2i(golden_dir) -> Golden:
+    return load_golden(golden_dir / "t2i")
+
+
+@pytest.fixture(scope="session")
+def edit_folder(golden_edit, tmp_path_factory) -> Path:
+    """The golden edit model as a diffusers folder; not to be changed."""
+    return convert_golden(golden_edit, tmp_path_factory.mktemp("converted") / "edit")
+
+
+@pytest.fixture(scope="session")
+def t2i_folder(golden_t2i, tmp_path_factory) -> Path:
+    """The golden text-to-image model as a diffusers folder; not to be changed."""
+    return convert_golden(golden_t2i, tmp_path_factory.mktemp("converted") / "t2i")
