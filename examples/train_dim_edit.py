@@ -41,6 +41,7 @@ from tqdm.auto import tqdm
 
 from diffusers_dim import DIMEditPipeline
 from diffusers_dim.data import EditDataset, EpochSampler
+from diffusers_dim.evaluation.sheets import SheetRow, draw_sheet
 from diffusers_dim.training import (
     DIMTrainingModel,
     latest_checkpoint,
@@ -145,7 +146,10 @@ def encode_edits(
     sources, targets = ([sample[name] for sample in samples] for name in ("source", "target"))
     size = (args.resolution, args.resolution)
     hidden_states, mask = pipe.encode_hidden_states(
-        [sample["prompt"] for sample in samples], sources, *size, max_sequence_length=args.max_sequence_length
+        [sample["prompt"] for sample in samples],
+        sources,
+        *size,
+        max_sequence_length=min(args.max_sequence_length, pipe.connector.config.max_sequence_length),
     )
     image_latents = pipe.prepare_image_latents(sources, *size, pipe.device)
     latents = pipe.prepare_image_latents(targets, *size, pipe.device)
@@ -167,31 +171,30 @@ def collate_encoded(items: list[dict[str, torch.Tensor]], device: torch.device) 
 
 @torch.no_grad()
 def log_validation(pipe: DIMEditPipeline, args: argparse.Namespace, accelerator: Accelerator, step: int) -> None:
-    """Edits the validation pictures and keeps each as `validation/{step}_{index}.png`, source left and edit right."""
-    folder = Path(args.output_dir) / "validation"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Edits the validation pictures and draws them, source and edit, on one sheet: `validation/{step}.png`."""
     pipe.set_progress_bar_config(disable=True)
-    for index, (path, prompt) in enumerate(zip(args.validation_image, args.validation_prompt)):
+    rows = []
+    for path, prompt in zip(args.validation_image, args.validation_prompt):
         source = pipe.image_processor.to_rgb(Image.open(path))[0]
-        edit = pipe(
-            source,
-            prompt,
-            height=args.resolution,
-            width=args.resolution,
-            generator=torch.Generator().manual_seed(args.seed),
-            max_sequence_length=args.max_sequence_length,
-        ).images[0]
-        pair = Image.new("RGB", (2 * args.resolution, args.resolution))
-        pair.paste(pipe.image_processor.resize_and_crop(source, args.resolution, args.resolution), (0, 0))
-        pair.paste(edit, (args.resolution, 0))
-        pair.save(folder / f"{step}_{index}.png")
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image(f"validation/{index}", np.asarray(pair), step, dataformats="HWC")
-            if tracker.name == "wandb":
-                import wandb
+        size = {"height": args.resolution, "width": args.resolution}
+        generator = torch.Generator().manual_seed(args.seed)
+        edit = pipe(source, prompt, **size, generator=generator, max_sequence_length=args.max_sequence_length).images[
+            0
+        ]
+        rows.append(
+            SheetRow(prompt, [("source", pipe.image_processor.resize_and_crop(source, **size)), ("edit", edit)])
+        )
+    sheet = draw_sheet(rows, heading=f"Step {step}")
+    path = Path(args.output_dir) / "validation" / f"{step}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("validation", np.asarray(sheet), step, dataformats="HWC")
+        if tracker.name == "wandb":
+            import wandb
 
-                tracker.log({f"validation/{index}": wandb.Image(pair, caption=prompt)}, step=step)
+            tracker.log({"validation": wandb.Image(sheet)}, step=step)
 
 
 def open_curve(path: Path, step: int) -> TextIO:

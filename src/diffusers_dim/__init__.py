@@ -1,7 +1,7 @@
 """Draw-In-Mind (DIM) as a diffusers-native package. Names are imported on first use."""
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0"
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .tiny import TINY_SHAPES as TINY_SHAPES
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

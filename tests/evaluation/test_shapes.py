@@ -45,7 +45,7 @@ def test_another_size_is_refused(samples):
 def test_report_counts_every_edit_once_and_does_not_depend_on_the_batch(edit_folder, samples):
     pipe = DIMEditPipeline.from_pretrained(edit_folder)
     pipe.set_progress_bar_config(disable=True)
-    settings = dict(num_inference_steps=2, max_sequence_length=512)
+    settings = dict(num_inference_steps=2)
     keep = []
     report = evaluate_shapes(pipe, samples, batch_size=5, keep=keep, **settings)
     alone = evaluate_shapes(pipe, samples, batch_size=1, **settings)

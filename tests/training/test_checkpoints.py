@@ -46,4 +46,6 @@ def test_prune_keeps_the_newest(tmp_path, limit, left):
     for step in (1, 2, 30):
         (tmp_path / f"checkpoint-{step}").mkdir()
     prune_checkpoints(tmp_path, limit)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-30"][-left:]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2", "checkpoint-30"][
+        -left:
+    ]

@@ -15,6 +15,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ def evaluate_shapes(
     batch_size: int = 32,
     seed: int = 0,
     keep: list[Image.Image] | None = None,
-    **call_kwargs,
+    **call_kwargs: Any,
 ) -> ShapesReport:
     r"""
     Edits the picture world's samples by their plain instructions and reports success by kind.

@@ -81,7 +81,7 @@ def fit_picture(image: Image.Image, side: int) -> Image.Image:
     return ImageOps.contain(image, (side, side), Image.Resampling.LANCZOS)
 
 
-def wrap_text(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def wrap_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
     """
     Breaks text into lines at most `width` pixels wide in that font: at spaces, and inside a word that is wider still.
     Line breaks in the text stay.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the vision-language model reads: one user turn of picture and text, and which of its tokens are the condition."""
+"""What the vision-language model reads: a user turn of picture and text, and which tokens are the condition."""
 
 import torch
 from PIL import Image

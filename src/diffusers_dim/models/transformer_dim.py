@@ -13,11 +13,13 @@
 # limitations under the License.
 """The painter: SANA's linear-attention transformer, with noisy and source latents side by side in its channels."""
 
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel, SanaTransformerBlock
 
 
-class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin):
+class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
     r"""
     SANA1.5's transformer (https://huggingface.co/papers/2501.18427, diffusers' `sana_transformer.py`) as DIM uses it.
 
@@ -27,3 +29,14 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin):
     """
 
     _repeated_blocks = ["SanaTransformerBlock"]
+
+    def enable_cache(self, config) -> None:
+        r"""
+        Turns on one of diffusers' step caches, such as `FirstBlockCacheConfig`, see [`~diffusers.CacheMixin`].
+
+        Args:
+            config (`PyramidAttentionBroadcastConfig`, `FirstBlockCacheConfig`, ...): Which cache, and how.
+        """
+        # The caches look a block's class up, and diffusers does not register SANA's.
+        TransformerBlockRegistry.register(SanaTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+        super().enable_cache(config)

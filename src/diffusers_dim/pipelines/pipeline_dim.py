@@ -14,6 +14,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderDC, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -34,7 +35,7 @@ EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 
 
 def pad_tokens(tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """Pads embeddings `(batch, tokens, ...)` or a mask `(batch, tokens)` with zeros on the right to `length` tokens."""
+    """Pads embeddings `(batch, tokens, ...)` or a mask `(batch, tokens)` with zeros to `length` tokens."""
     padding = length - tokens.shape[1]
     if padding == 0:
         return tokens
@@ -210,18 +211,21 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             caption_channels = self.transformer.config.caption_channels
             if embeds.ndim != 3 or embeds.shape[1] == 0 or embeds.shape[2] != caption_channels:
                 raise ValueError(
-                    f"`{name}_embeds` have to be connector outputs of shape (batch, tokens, {caption_channels}), but are"
-                    f" of shape {tuple(embeds.shape)}."
+                    f"`{name}_embeds` have to be connector outputs of shape (batch, tokens, {caption_channels}), but"
+                    f" are of shape {tuple(embeds.shape)}."
                 )
             if mask is not None and mask.shape != embeds.shape[:2]:
                 raise ValueError(
-                    f"`{name}_attention_mask` has to be of shape {tuple(embeds.shape[:2])} like `{name}_embeds`, but is"
-                    f" of shape {tuple(mask.shape)}."
+                    f"`{name}_attention_mask` has to be of shape {tuple(embeds.shape[:2])} like `{name}_embeds`, but"
+                    f" is of shape {tuple(mask.shape)}."
                 )
-        if self.connector is not None and not 1 <= max_sequence_length <= self.connector.config.max_sequence_length:
+        if max_sequence_length < 1:
+            raise ValueError(f"`max_sequence_length` has to be at least 1, but is {max_sequence_length}.")
+        null_is_used = guided and negative_prompt_embeds is None
+        if null_is_used and prompt_embeds is not None and prompt_embeds.shape[1] > self._null_length:
             raise ValueError(
-                f"`max_sequence_length` has to be from 1 to {self.connector.config.max_sequence_length}, this"
-                f" connector's null condition, but is {max_sequence_length}."
+                f"`prompt_embeds` hold {prompt_embeds.shape[1]} tokens, but this connector's null condition has only"
+                f" {self._null_length} rows: give `negative_prompt_embeds`, or fewer tokens."
             )
 
         # 4. Batch sizes
@@ -239,10 +243,14 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
 
     def check_latents(self, latents: torch.Tensor | None, batch_size: int, height: int, width: int) -> None:
-        """Raises a `ValueError` if given `latents` are not of the shape that `batch_size` pictures of that size need."""
+        """Raises a `ValueError` if given `latents` are not those of `batch_size` pictures of that size."""
         shape = (batch_size, self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is not None and latents.shape != shape:
             raise ValueError(f"`latents` have to be of shape {shape}, but are of shape {tuple(latents.shape)}.")
+
+    @property
+    def _null_length(self) -> int:
+        return self.connector.config.max_sequence_length
 
     @staticmethod
     def _get_batch_size(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
@@ -250,29 +258,40 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             return prompt_embeds.shape[0]
         return 1 if isinstance(prompt, str) else len(prompt)
 
-    def _get_prompt_embeds(
+    def encode_hidden_states(
         self,
         prompt: list[str],
-        image: list[Image.Image] | None,
-        height: int | None,
-        width: int | None,
-        device: torch.device,
-        max_sequence_length: int,
+        image: list[Image.Image] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        device: torch.device | None = None,
+        max_sequence_length: int = 8192,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        What the vision-language model makes of prompts: its last hidden states on the user turn's content.
+
+        Args:
+            prompt (`list[str]`): Texts.
+            image (`list[PIL.Image.Image]`, *optional*): For an edit: one RGB source a prompt.
+            height (`int`, *optional*): For an edit: height in pixels of the picture to be painted.
+            width (`int`, *optional*): For an edit: width in pixels of the picture to be painted.
+            device (`torch.device`, *optional*): Where to compute; the pipeline's execution device by default.
+            max_sequence_length (`int`, defaults to 8192): The last so many tokens are kept.
+
+        Returns:
+            Hidden states `(batch_size, tokens, hidden_size)`, zeros where padded, and their mask `(batch_size,
+            tokens)`.
+        """
+        device = device or self._execution_device
         inputs = self.processor.encode(prompt, image, height, width)
-        condition_mask = inputs.pop("condition_mask").to(device)
-        inputs = inputs.to(device)
+        condition_mask = inputs.pop("condition_mask")
         # Through the model's own forward, for its hooks' sake; the last of the hidden states is the normed one.
-        outputs = self.text_encoder(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-        rows = [
-            hidden_states[mask][-max_sequence_length:]
-            for hidden_states, mask in zip(outputs.hidden_states[-1], condition_mask.to(outputs.logits.device))
-        ]
-        hidden_states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        outputs = self.text_encoder(**inputs.to(device), output_hidden_states=True, use_cache=False, logits_to_keep=1)
+        hidden_states = outputs.hidden_states[-1].to(device)
+        rows = [row[mask][-max_sequence_length:] for row, mask in zip(hidden_states, condition_mask.to(device))]
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        mask = torch.arange(hidden_states.shape[1], device=device) < lengths[:, None]
-        hidden_states = hidden_states.to(device=device, dtype=self.connector.dtype)
-        return self.connector(hidden_states).prompt_embeds, mask
+        hidden_states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return hidden_states, torch.arange(hidden_states.shape[1], device=device) < lengths[:, None]
 
     def encode_prompt(
         self,
@@ -320,19 +339,22 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
                 The same for `negative_prompt_embeds`.
             max_sequence_length (`int`, defaults to 8192):
-                The last so many condition tokens are kept.
+                The last so many condition tokens are kept, at most as many as the null condition has rows.
 
         Returns:
             `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`, each
             with `batch_size * num_images_per_prompt` rows; the last two are `None` without guidance.
         """
         device = device or self._execution_device
+        if self.connector is not None:
+            max_sequence_length = min(max_sequence_length, self._null_length)
 
         if prompt_embeds is None:
             prompt = [prompt] if isinstance(prompt, str) else prompt
-            prompt_embeds, prompt_attention_mask = self._get_prompt_embeds(
+            hidden_states, prompt_attention_mask = self.encode_hidden_states(
                 prompt, image, height, width, device, max_sequence_length
             )
+            prompt_embeds = self.connector(hidden_states.to(self.connector.dtype)).prompt_embeds
         prompt_embeds = prompt_embeds.to(device)
         if prompt_attention_mask is None:
             prompt_attention_mask = torch.ones(prompt_embeds.shape[:2], device=device)
@@ -347,7 +369,7 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             texts = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt or []
             rows = [index for index, text in enumerate(texts) if text.strip()]
             if rows:
-                embeds, mask = self._get_prompt_embeds(
+                hidden_states, mask = self.encode_hidden_states(
                     [texts[index] for index in rows],
                     None if image is None else [image[index] for index in rows],
                     height,
@@ -355,6 +377,7 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     device,
                     max_sequence_length,
                 )
+                embeds = self.connector(hidden_states.to(self.connector.dtype)).prompt_embeds
                 length = max(length, embeds.shape[1])
                 negative_prompt_embeds = pad_tokens(negative_prompt_embeds, length).clone()
                 negative_prompt_attention_mask = pad_tokens(negative_prompt_attention_mask, length).clone()
@@ -457,14 +480,15 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 model_input = latents if image_latents is None else torch.cat([latents, image_latents], dim=1)
                 if guided:
                     model_input = torch.cat([model_input] * 2)
-                noise_pred = self.transformer(
-                    model_input.to(dtype),
-                    encoder_hidden_states=encoder_hidden_states,
-                    timestep=t.expand(model_input.shape[0]) * self.transformer.config.timestep_scale,
-                    encoder_attention_mask=encoder_attention_mask,
-                    attention_kwargs=self.attention_kwargs,
-                    return_dict=False,
-                )[0].float()
+                with self.transformer.cache_context("cond_uncond" if guided else "cond"):
+                    noise_pred = self.transformer(
+                        model_input.to(dtype),
+                        encoder_hidden_states=encoder_hidden_states,
+                        timestep=t.expand(model_input.shape[0]) * self.transformer.config.timestep_scale,
+                        encoder_attention_mask=encoder_attention_mask,
+                        attention_kwargs=self.attention_kwargs,
+                        return_dict=False,
+                    )[0].float()
                 if guided:
                     noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
                     noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
@@ -492,7 +516,9 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self._current_timestep = None
         return latents
 
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil"):
+    def decode_latents(
+        self, latents: torch.Tensor, output_type: str = "pil"
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
         """
         Pictures of the `output_type` from denoised latents `(batch_size, latent_channels, height, width)`; the latents
         themselves for "latent".
@@ -554,8 +580,8 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 Pictures a prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of the noise, one for all or one a picture.
-            latents (`torch.Tensor` of shape `(pictures, latent_channels, height / factor, width / factor)`, *optional*):
-                Noise to start from.
+            latents (`torch.Tensor`, *optional*):
+                Noise to start from, of shape `(pictures, latent_channels, height / factor, width / factor)`.
             prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, caption_channels)`, *optional*):
                 Connector outputs in place of `prompt`.
             prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
@@ -578,7 +604,7 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Which tensors `callback_kwargs` holds, among `_callback_tensor_inputs`.
             max_sequence_length (`int`, defaults to 8192):
-                The last so many condition tokens are kept.
+                The last so many condition tokens are kept, at most as many as the null condition has rows.
 
         Examples:
             ```py
@@ -640,15 +666,13 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         )
 
         # 3. Prepare timesteps and latents
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
-        )
+        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
 
         # 4. Denoise
         latents = self.denoise(
             latents,
-            timesteps,
+            schedule,
             *conditions,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,

@@ -137,9 +137,9 @@ class DIMEditPipeline(DIMPipeline):
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to guide away from; the learned null condition by default and for empty texts.
             height (`int`, *optional*):
-                Height in pixels, a multiple of the VAE's factor (32); with `width`. The result is exactly of that size:
-                the source's shorter side is brought to it and its centre is cut out. By default the nearest of SANA's
-                aspect-ratio bins to the source's own.
+                Height in pixels, a multiple of the VAE's factor (32); with `width`. The result is exactly of that
+                size: the source's shorter side is brought to it and its centre is cut out. By default the nearest of
+                SANA's aspect-ratio bins to the source's own.
             width (`int`, *optional*):
                 Width in pixels.
             num_inference_steps (`int`, defaults to 30):
@@ -155,8 +155,8 @@ class DIMEditPipeline(DIMPipeline):
                 Pictures a prompt; those of one prompt lie together.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of the noise, one for all or one a picture.
-            latents (`torch.Tensor` of shape `(pictures, latent_channels, height / factor, width / factor)`, *optional*):
-                Noise to start from.
+            latents (`torch.Tensor`, *optional*):
+                Noise to start from, of shape `(pictures, latent_channels, height / factor, width / factor)`.
             prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, caption_channels)`, *optional*):
                 Connector outputs in place of `prompt`; the source is still painted from.
             prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
@@ -175,15 +175,15 @@ class DIMEditPipeline(DIMPipeline):
             attention_kwargs (`dict`, *optional*):
                 Passed to the transformer; `{"scale": ...}` scales its LoRA layers.
             use_resolution_binning (`bool`, defaults to `True`):
-                Without a size: whether to take SANA's nearest bin, or the source's own aspect ratio at the model's base
-                area, rounded to the VAE's factor.
+                Without a size: whether to take SANA's nearest bin, or the source's own aspect ratio at the model's
+                base area, rounded to the VAE's factor.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each step as `callback(pipe, step, timestep, callback_kwargs)`; tensors in the dict it
                 returns replace the pipeline's.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Which tensors `callback_kwargs` holds, among `_callback_tensor_inputs`.
             max_sequence_length (`int`, defaults to 8192):
-                The last so many condition tokens are kept.
+                The last so many condition tokens are kept, at most as many as the null condition has rows.
 
         Examples:
             ```py
@@ -246,7 +246,7 @@ class DIMEditPipeline(DIMPipeline):
         device = self._execution_device
 
         # 2. Design the edit
-        blueprints = [None] * batch_size
+        blueprints: list[str | None] = [None] * batch_size
         if prompt is not None:
             blueprints = self.design(images, prompt, blueprint)
             prompt = [text if design is None else str(design) for text, design in zip(prompt, blueprints)]
@@ -270,15 +270,13 @@ class DIMEditPipeline(DIMPipeline):
         image_latents = self.prepare_image_latents(images, height, width, device, num_images_per_prompt)
 
         # 4. Prepare timesteps and latents
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
-        )
+        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         latents = self.prepare_latents(batch_size * num_images_per_prompt, height, width, device, generator, latents)
 
         # 5. Denoise
         latents = self.denoise(
             latents,
-            timesteps,
+            schedule,
             *conditions,
             image_latents=image_latents,
             callback_on_step_end=callback_on_step_end,
