@@ -1,0 +1,476 @@
+# Copyright 2026 The diffusers-dim authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The command line: `diffusers-dim edit`, `generate`, `convert` and `demo`.
+
+torch and the models are imported inside the functions that need them, so that `--help` answers at once.
+"""
+
+import io
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from . import __version__
+
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from .pipelines import DIMPipeline
+
+
+app = typer.Typer(
+    help="Draw-In-Mind: edit pictures by instruction, and paint them from text.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Options that `edit` and `generate` share
+PromptOption = Annotated[str, typer.Option(help="What to do, or to paint, in words.")]
+OutputOption = Annotated[Path, typer.Option(help="Picture file to write.")]
+NegativePromptOption = Annotated[str | None, typer.Option(help="What to keep away from.", show_default="nothing")]
+HeightOption = Annotated[int | None, typer.Option(min=1, help="Pixels; with --width.", show_default="by the model")]
+WidthOption = Annotated[int | None, typer.Option(min=1, help="Pixels; with --height.", show_default="by the model")]
+StepsOption = Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")]
+GuidanceOption = Annotated[
+    float | None, typer.Option(help="Guidance scale; off at 1.", show_default="the model's own")
+]
+NumImagesOption = Annotated[int, typer.Option(min=1, help="How many, with seeds that count up from --seed.")]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, max=2**63 - 1, help="Of the noise.", show_default="random, and printed")
+]
+DeviceOption = Annotated[str, typer.Option(help="Such as cpu, cuda or cuda:1; auto takes an accelerator if there is.")]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of the model; auto is bfloat16 on an accelerator that has it, else float32."),
+]
+OffloadOption = Annotated[
+    Literal["none", "model", "sequential", "group"],
+    typer.Option(help="Keep components (model), layers (sequential) or groups of layers in CPU memory till needed."),
+]
+VaeTilingOption = Annotated[bool, typer.Option("--vae-tiling", help="Decode large pictures in tiles.")]
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turns the errors that bad input raises into a line on stderr and exit code 2, with no traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        # A ValueError of ours may list what is wrong; libraries' OSErrors are broken into lines for no reason.
+        message = str(error) if isinstance(error, ValueError) else " ".join(str(error).split())
+        typer.echo(f"diffusers-dim: error: {message}", err=True)
+        raise typer.Exit(2) from error
+
+
+def print_version(wanted: bool) -> None:
+    """Prints the package's version and ends."""
+    if wanted:
+        typer.echo(f"diffusers-dim {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def read_image(path: Path) -> "Image.Image":
+    """
+    Reads a whole picture file.
+
+    Raises:
+        ValueError: If there is no such file, or it is no picture that PIL reads to its end.
+    """
+    from PIL import Image
+
+    if not path.is_file():
+        raise ValueError(f"--image {path}: {'is a folder, not a picture' if path.is_dir() else 'no such file'}.")
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {path}: cannot be read as a picture ({error}).") from error
+    return image
+
+
+def check_output(path: Path) -> None:
+    """Raises a `ValueError` if a picture could not be saved there, before anything is computed."""
+    from PIL import Image
+
+    if path.is_dir():
+        raise ValueError(f"--output {path}: is a folder; name a picture file, such as {path / 'edited.png'}.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {folder}.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"--output {path}: cannot be written.")
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"--output {path}: its name has to end in a picture format, such as .png, .jpg or .webp.")
+
+
+def save_image(image: "Image.Image", path: Path, settings: dict[str, Any]) -> None:
+    """Saves a picture; a PNG carries what it was made with as JSON in its text chunk "parameters"."""
+    from PIL import Image, PngImagePlugin
+
+    kind, options = Image.registered_extensions()[path.suffix.lower()], {}
+    if kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text("parameters", json.dumps(settings, ensure_ascii=False))
+    encoded = io.BytesIO()
+    image.save(encoded, kind, **options)
+    path.write_bytes(encoded.getvalue())
+
+
+def read_text_option(value: str, name: str) -> str:
+    """
+    A text option's value, or for `@FILE` that file's text.
+
+    Raises:
+        ValueError: If the file is not there or not UTF-8, or the text is empty.
+    """
+    text = value
+    if value.startswith("@"):
+        try:
+            text = Path(value[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name} {value}: cannot be read as a text file ({error}).") from error
+    if not text.strip():
+        raise ValueError(f"{name} {value}: holds no text.")
+    return text.strip()
+
+
+def resolve_device(name: str) -> "torch.device":
+    """
+    The device of that name; the accelerator, or without one the CPU, for "auto".
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    import torch
+    from diffusers.utils.torch_utils import get_device
+
+    try:
+        device = torch.device(get_device() if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: is no device; name one such as auto, cpu, cuda or cuda:1.") from error
+    if device.type != "cpu":
+        count = getattr(torch, device.type).device_count() if device.type == get_device() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {name}: this machine has {count or 'none'} of the kind {device.type}.")
+    return device
+
+
+def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":
+    """The dtype of that name; for "auto" bfloat16 on an accelerator that has it, else float32."""
+    import torch
+
+    if name == "auto":
+        has_bfloat16 = device.type == "xpu" or (
+            device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        name = "bfloat16" if has_bfloat16 else "float32"
+    return getattr(torch, name)
+
+
+def show_progress_on_terminals_only() -> None:
+    """Keeps the libraries' progress bars out of log files."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+
+
+def load_pipeline(
+    kind: Literal["edit", "t2i"],
+    model: str,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    offload: str = "none",
+    vae_tiling: bool = False,
+) -> "DIMPipeline":
+    """
+    Loads a pipeline for use: on its device or with offloading.
+
+    Raises:
+        ValueError: If `model` is no pipeline of that kind, or cannot be loaded.
+    """
+    from safetensors import SafetensorError
+
+    from . import DIMEditPipeline, DIMPipeline
+    from .loaders.released import REPO_ID
+
+    if offload != "none" and device.type == "cpu":
+        raise ValueError(f"--offload {offload}: needs an accelerator to load to, but the device is the CPU.")
+    pipeline_class = DIMEditPipeline if kind == "edit" else DIMPipeline
+    folder = Path(model).expanduser()
+    if folder.exists():
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise ValueError(f"--model {model}: holds no model_index.json. See `diffusers-dim convert --help`.")
+        try:
+            found = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"--model {model}: its model_index.json names no pipeline class.") from error
+        found = found[-1] if isinstance(found, list) else found
+        if found != pipeline_class.__name__:
+            hint = {
+                "DIMEditPipeline": " `diffusers-dim edit` takes it.",
+                "DIMPipeline": " `diffusers-dim generate` takes it.",
+            }
+            raise ValueError(
+                f"--model {model}: has to be a {pipeline_class.__name__}, but is a {found}.{hint.get(found, '')}"
+            )
+    elif not REPO_ID.fullmatch(model):
+        raise ValueError(f"--model {model}: is neither a folder here nor a Hub repository id (owner/name).")
+    show_progress_on_terminals_only()
+    try:
+        pipe = pipeline_class.from_pretrained(folder if folder.exists() else model, dtype=dtype)
+    except (OSError, SafetensorError) as error:
+        where = "" if folder.exists() else "is no folder here, and as a Hub repository "
+        raise ValueError(f"--model {model}: {where}cannot be loaded ({' '.join(str(error).split())})") from error
+    if vae_tiling:
+        pipe.vae.enable_tiling()
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
+    else:
+        pipe.to(device)
+    pipe.set_progress_bar_config(desc="Denoising", disable=not sys.stderr.isatty())
+    return pipe
+
+
+def paint(
+    kind: Literal["edit", "t2i"],
+    output: Path,
+    model: str,
+    seed: int | None,
+    num_images: int,
+    device: str,
+    dtype: str,
+    offload: str,
+    vae_tiling: bool,
+    **inputs: Any,
+) -> None:
+    """Loads a pipeline, calls it with `inputs`, and saves and reports what it paints: the body of two commands."""
+    check_output(output)
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
+
+    import torch
+
+    pipe = load_pipeline(kind, model, torch_device, torch_dtype, offload, vae_tiling)
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    start = time.perf_counter()
+    # On the CPU, so that a seed gives the same noise on every device.
+    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(num_images)]
+    images = pipe(generator=generators, num_images_per_prompt=num_images, return_dict=False, **inputs)[0]
+    seconds = time.perf_counter() - start
+
+    given = {name: value for name, value in inputs.items() if isinstance(value, str)}
+    settings = {
+        "num_inference_steps": pipe.num_timesteps,
+        "guidance_scale": pipe.guidance_scale,
+        "model": Path(model).name if Path(model).exists() else model,
+        "version": __version__,
+    }
+    paths = [output]
+    if num_images > 1:
+        paths = [output.with_stem(f"{output.stem}-{i + 1}") for i in range(num_images)]
+    for i, (image, path) in enumerate(zip(images, paths, strict=True)):
+        size = {"width": image.width, "height": image.height}
+        save_image(image, path, {**given, **settings, **size, "seed": seed + i})
+    seeds = f"seed {seed}" if num_images == 1 else f"seeds {seed} to {seed + num_images - 1}"
+    typer.echo(
+        f"{images[0].width}x{images[0].height}, {pipe.num_timesteps} steps, guidance {pipe.guidance_scale:g}, {seeds},"
+        f" {seconds:.1f} s on {torch_device} in {str(torch_dtype).removeprefix('torch.')}:"
+        f" {', '.join(map(str, paths))}"
+    )
+
+
+@app.command()
+@errors_in_one_line()
+def edit(
+    image: Annotated[Path, typer.Option(help="The picture to edit.")],
+    prompt: PromptOption,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Diffusers folder or Hub repository id.", show_default="the embedded model of shapes"),
+    ] = None,
+    output: OutputOption = Path("edited.png"),
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    steps: StepsOption = 30,
+    guidance_scale: GuidanceOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    negative_prompt: NegativePromptOption = None,
+    blueprint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT|@FILE", help="The edit's design, painted from in the prompt's place.", show_default="none"
+        ),
+    ] = None,
+    num_images: NumImagesOption = 1,
+    offload: OffloadOption = "none",
+    vae_tiling: VaeTilingOption = False,
+) -> None:
+    """Edit a picture as a prompt says."""
+    from .tiny import TINY_SHAPES
+
+    paint(
+        "edit",
+        output,
+        TINY_SHAPES if model is None else model,
+        seed,
+        num_images,
+        device,
+        dtype,
+        offload,
+        vae_tiling,
+        image=read_image(image),
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        blueprint=None if blueprint is None else read_text_option(blueprint, "--blueprint"),
+    )
+
+
+@app.command()
+@errors_in_one_line()
+def generate(
+    prompt: PromptOption,
+    model: Annotated[str, typer.Option(help="Diffusers folder or Hub repository id.")],
+    output: OutputOption = Path("generated.png"),
+    seed: SeedOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    steps: StepsOption = 30,
+    guidance_scale: GuidanceOption = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    negative_prompt: NegativePromptOption = None,
+    num_images: NumImagesOption = 1,
+    offload: OffloadOption = "none",
+    vae_tiling: VaeTilingOption = False,
+) -> None:
+    """Paint a picture from text."""
+    paint(
+        "t2i",
+        output,
+        model,
+        seed,
+        num_images,
+        device,
+        dtype,
+        offload,
+        vae_tiling,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+    )
+
+
+@app.command()
+@errors_in_one_line()
+def convert(
+    checkpoint: Annotated[
+        str, typer.Option(help="Safetensors file, folder or Hub repository id of a released model.")
+    ],
+    text_encoder: Annotated[str, typer.Option(help="Folder or repository of its Qwen2.5-VL.")],
+    vae: Annotated[str, typer.Option(help="Folder or repository of its AutoencoderDC.")],
+    output: Annotated[Path, typer.Option(help="Folder to write: new or empty.")],
+    transformer_config: Annotated[
+        Path | None, typer.Option(help="JSON of the painter's arguments that shapes don't tell.", show_default="none")
+    ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the written weights.")] = "float32",
+) -> None:
+    """Turn a released checkpoint into a diffusers folder, once."""
+    from . import convert_released_checkpoint
+
+    show_progress_on_terminals_only()
+    converted = convert_released_checkpoint(
+        checkpoint, text_encoder, vae, output, transformer_config=transformer_config, dtype=dtype
+    )
+    typer.echo(
+        f"{converted.num_parameters / 1e6:,.1f} million parameters for {converted.pipeline_class}, {dtype}:"
+        f" {converted.path}"
+    )
+
+
+@app.command()
+@errors_in_one_line()
+def demo(
+    output: OutputOption = Path("demo.png"),
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the pictures and of the noise.")] = 1,
+    device: DeviceOption = "auto",
+) -> None:
+    """Edit two small pictures and draw a before/after sheet."""
+    check_output(output)
+    torch_device = resolve_device(device)
+
+    import torch
+
+    from .evaluation.sheets import SheetRow, draw_sheet
+    from .tiny import TINY_SHAPES, sample_edits
+
+    pipe: Any = load_pipeline("edit", TINY_SHAPES, torch_device, torch.float32)
+    samples = sample_edits(2, seed, kinds=("recolor", "replace"))
+    start = time.perf_counter()
+    edited = pipe(
+        [sample.source for sample in samples],
+        [sample.instruction for sample in samples],
+        generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(samples))],
+    ).images
+    seconds = time.perf_counter() - start
+    rows = [
+        SheetRow(sample.instruction, [("before", sample.source), ("after", image), ("drawn by rule", sample.target)])
+        for sample, image in zip(samples, edited, strict=True)
+    ]
+    save_image(draw_sheet(rows), output, {"seed": seed, "version": __version__})
+    typer.echo(f"{len(rows)} edits in {seconds:.1f} s on {torch_device}, seed {seed}: {output}")
+
+
+if __name__ == "__main__":
+    app()
