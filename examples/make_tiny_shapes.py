@@ -38,6 +38,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from diffusers_dim import DIMConnector, DIMEditPipeline, DIMProcessor, DIMTransformer2DModel
 from diffusers_dim.evaluation.shapes import evaluate_shapes
 from diffusers_dim.tiny.world import SHAPE_COLORS, sample_edits, sample_scenes
+from diffusers_dim.training import latest_checkpoint
 
 
 HELD_OUT_SEED = 1_000_000_007
@@ -406,26 +407,30 @@ def build_base(work_dir: Path, seed: int) -> None:
         pipe.save_pretrained(folder)
 
 
-def train_painter(work_dir: Path, seed: int, steps: int, mixed_precision: str) -> None:
-    """Train connector, null condition and transformer by `train_dim_edit.py` in `work_dir/painter`."""
+def train_painter(work_dir: Path, seed: int, passes: list[int], mixed_precision: str) -> None:
+    """
+    Train connector, null condition and transformer by `train_dim_edit.py` in `work_dir/painter`.
+
+    Each pass goes on from the last checkpoint to its number of steps, along a cosine of the learning rate that ends
+    there: a warm restart (https://huggingface.co/papers/1608.03983).
+    """
     output = work_dir / "painter"
-    if (output / "model_index.json").exists():
-        return
     held_out = sample_edits(4, HELD_OUT_SEED + 1)
     for index, edit in enumerate(held_out):
         edit.source.save(work_dir / f"validation_{index}.png")
+    # Without a number accelerate gives a process one thread.
+    threads = str(len(os.sched_getaffinity(0)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += ["--num_cpu_threads_per_process", threads]
     command += ["--mixed_precision", mixed_precision, str(Path(__file__).parent / "train_dim_edit.py")]
     options = {
         "pretrained_model_name_or_path": work_dir / "base",
         "jsonl": work_dir / "edits" / "train.jsonl",
         "output_dir": output,
         "resolution": 64,
-        "max_sequence_length": 512,
         "frozen_dtype": "float32",
         "seed": seed,
         "train_batch_size": 64,
-        "max_train_steps": steps,
         "learning_rate": 1e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 200,
@@ -440,9 +445,15 @@ def train_painter(work_dir: Path, seed: int, steps: int, mixed_precision: str) -
     command += ["--cache_latents", "--use_ema"]
     command += ["--validation_image", *(str(work_dir / f"validation_{i}.png") for i in range(len(held_out)))]
     command += ["--validation_prompt", *(edit.instruction for edit in held_out)]
-    if any(output.glob("checkpoint-*")):
-        command += ["--resume_from_checkpoint", "latest"]
-    subprocess.run(command, check=True)
+    for steps in passes:
+        latest = latest_checkpoint(output)
+        done = int(latest.name.split("-")[1]) if latest is not None else 0
+        finished = (output / "model_index.json").exists()
+        if done > steps or (done == steps and (finished or steps != passes[-1])):
+            continue
+        resume = ["--resume_from_checkpoint", "latest"] if latest is not None else []
+        (output / "model_index.json").unlink(missing_ok=True)
+        subprocess.run([*command, "--max_train_steps", str(steps), *resume], check=True)
 
 
 def export(work_dir: Path, output: Path) -> None:
@@ -475,7 +486,9 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=Path(".tiny_work"))
     parser.add_argument("--output", type=Path, help="Where the pipeline goes; `work_dir/shapes` by default.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_train_steps", type=int, default=4500)
+    parser.add_argument(
+        "--max_train_steps", type=int, nargs="+", default=[4500, 7500], help="Steps at the end of each pass, rising."
+    )
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--held_out", type=int, default=300, help="Edits to measure success on.")
     args = parser.parse_args()

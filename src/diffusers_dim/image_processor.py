@@ -92,6 +92,8 @@ class DIMImageProcessor(PixArtImageProcessor):
                 f" {type(image).__name__}."
             )
 
+        if not pictures:
+            raise ValueError(f"`image` is a batch of no images, of shape {tuple(image.shape)}: give at least one.")
         for picture in pictures:
             if picture.width == 0 or picture.height == 0:
                 raise ValueError(f"An image of {picture.width}x{picture.height} pixels is empty.")
@@ -111,7 +113,7 @@ class DIMImageProcessor(PixArtImageProcessor):
         if np.issubdtype(array.dtype, np.floating):
             low, high = float(array.min()), float(array.max())
             if not (low >= 0.0 and high <= 1.0):  # also catches NaN
-                raise ValueError(f"A floating-point image has to lie in [0, 1], but one lies in [{low:g}, {high:g}].")
+                raise ValueError(f"A floating-point image has to lie in [0, 1], but one lies in [{low}, {high}].")
             array = (array * 255.0).round().astype(np.uint8)
         elif array.dtype == np.uint16:
             array = (array / 257.0).round().astype(np.uint8)
@@ -163,7 +165,9 @@ class DIMImageProcessor(PixArtImageProcessor):
             height, width = ratio**0.5, ratio**-0.5
             scale = self.base_size
         factor = self.config.vae_scale_factor
-        return tuple(max(factor, round(side * scale / factor) * factor) for side in (height, width))
+        height, width = (max(factor, round(side * scale / factor) * factor) for side in (height, width))
+        # Rounding a short side down must not take the size beyond the ratio that is allowed.
+        return min(height, MAX_ASPECT_RATIO * width), min(width, MAX_ASPECT_RATIO * height)
 
     def resize_and_crop(self, image: Image.Image, height: int, width: int) -> Image.Image:
         r"""

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from ..image_processor import DIMImageProcessor
+from ..image_processor import MAX_ASPECT_RATIO, DIMImageProcessor
 from ..models import DIMConnector, DIMProcessor, DIMTransformer2DModel
 from .pipeline_output import DIMPipelineOutput
 
@@ -129,6 +130,9 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         height: int | None,
         width: int | None,
         negative_prompt: str | list[str] | None = None,
+        num_inference_steps: int = 30,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float = 7.5,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -161,6 +165,21 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         if height is not None and (height <= 0 or width <= 0 or height % factor or width % factor):
             raise ValueError(
                 f"`height` and `width` have to be positive multiples of {factor}, but are {height} and {width}."
+            )
+        if height is not None and max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise ValueError(
+                f"A size of {height}x{width} pixels (height x width) is beyond the aspect ratio of"
+                f" {MAX_ASPECT_RATIO}:1 that is allowed."
+            )
+        if timesteps is None and sigmas is None and num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}.")
+        for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+            if values is not None and len(values) == 0:
+                raise ValueError(f"`{name}` has to hold at least one value, but is {values}.")
+        if timesteps is not None and self.scheduler.config.get("use_flow_sigmas"):
+            raise ValueError(
+                f"`timesteps` cannot be given to a {type(self.scheduler).__name__} with `use_flow_sigmas=True`, which"
+                " makes its own: give `num_inference_steps`."
             )
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` has to be at least 1, but is {num_images_per_prompt}.")
@@ -424,6 +443,7 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         image_latents: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
     ) -> torch.Tensor:
@@ -440,6 +460,8 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 As returned by `encode_prompt`.
             image_latents (`torch.Tensor` of the shape of `latents`, *optional*):
                 The source's latents, joined to the noisy ones along the channels.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of noise for a scheduler that adds some at each step.
             callback_on_step_end (`Callable`, *optional*):
                 See `__call__`.
             callback_on_step_end_tensor_inputs (`list[str]`):
@@ -450,6 +472,8 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         """
         dtype = self.transformer.dtype
         encoder_hidden_states = encoder_attention_mask = guided = None
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {"generator": generator} if takes_generator else {}
         self._num_timesteps = len(timesteps)
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -493,7 +517,7 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
                     noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
 
-                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+                latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
                     tensors = {
@@ -506,7 +530,7 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     changed = callback_on_step_end(self, i, t, kwargs) or {}
                     latents = changed.get("latents", latents)
                     image_latents = changed.get("image_latents", image_latents)
-                    if any(changed.get(name, tensors[name]) is not tensors[name] for name in EMBEDS):
+                    if any(name in kwargs or name in changed for name in EMBEDS):  # perhaps changed in place
                         prompt_embeds = changed.get("prompt_embeds", prompt_embeds)
                         negative_prompt_embeds = changed.get("negative_prompt_embeds", negative_prompt_embeds)
                         encoder_hidden_states = None
@@ -632,6 +656,9 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             height,
             width,
             negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
             num_images_per_prompt=num_images_per_prompt,
             guidance_scale=guidance_scale,
             generator=generator,
@@ -651,7 +678,10 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self._interrupt = False
         device = self._execution_device
 
-        # 2. Encode the prompt
+        # 2. Prepare timesteps
+        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+
+        # 3. Encode the prompt
         conditions = self.encode_prompt(
             prompt,
             negative_prompt=negative_prompt,
@@ -665,20 +695,20 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             max_sequence_length=max_sequence_length,
         )
 
-        # 3. Prepare timesteps and latents
-        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        # 4. Prepare latents
         latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
 
-        # 4. Denoise
+        # 5. Denoise
         latents = self.denoise(
             latents,
             schedule,
             *conditions,
+            generator=generator,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
-        # 5. Decode
+        # 6. Decode
         images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
 

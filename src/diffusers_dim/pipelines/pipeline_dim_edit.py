@@ -210,6 +210,9 @@ class DIMEditPipeline(DIMPipeline):
             raise ValueError("`image` is what to edit and cannot be None: use DIMPipeline to paint from text alone.")
         if blueprint is not None and prompt_embeds is not None:
             raise ValueError("Give either `blueprint` or `prompt_embeds`, not both.")
+        designs = blueprint if isinstance(blueprint, list) else [blueprint]
+        if blueprint is not None and not (designs and all(str(design).strip() for design in designs)):
+            raise ValueError(f"`blueprint` has to hold at least one non-empty text, but is {blueprint!r}.")
         images = self.image_processor.to_rgb(image)
         if prompt is None and prompt_embeds is None and blueprint is not None:
             prompt = blueprint
@@ -220,6 +223,9 @@ class DIMEditPipeline(DIMPipeline):
             height,
             width,
             negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
             num_images_per_prompt=num_images_per_prompt,
             guidance_scale=guidance_scale,
             generator=generator,
@@ -245,13 +251,16 @@ class DIMEditPipeline(DIMPipeline):
         self._interrupt = False
         device = self._execution_device
 
-        # 2. Design the edit
+        # 2. Prepare timesteps
+        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+
+        # 3. Design the edit
         blueprints: list[str | None] = [None] * batch_size
         if prompt is not None:
             blueprints = self.design(images, prompt, blueprint)
             prompt = [text if design is None else str(design) for text, design in zip(prompt, blueprints)]
 
-        # 3. Encode prompt and source
+        # 4. Encode prompt and source
         conditions = self.encode_prompt(
             prompt,
             images,
@@ -269,24 +278,24 @@ class DIMEditPipeline(DIMPipeline):
         )
         image_latents = self.prepare_image_latents(images, height, width, device, num_images_per_prompt)
 
-        # 4. Prepare timesteps and latents
-        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        # 5. Prepare latents
         latents = self.prepare_latents(batch_size * num_images_per_prompt, height, width, device, generator, latents)
 
-        # 5. Denoise
+        # 6. Denoise
         latents = self.denoise(
             latents,
             schedule,
             *conditions,
             image_latents=image_latents,
+            generator=generator,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
 
-        # 6. Decode
-        images = self.decode_latents(latents, output_type)
+        # 7. Decode
+        edited = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:
-            return (images, blueprints)
-        return DIMPipelineOutput(images=images, blueprints=blueprints)
+            return (edited, blueprints)
+        return DIMPipelineOutput(images=edited, blueprints=blueprints)
