@@ -93,7 +93,7 @@ class DIMImageProcessor(PixArtImageProcessor):
             )
 
         if not pictures:
-            raise ValueError(f"`image` is a batch of no images, of shape {tuple(image.shape)}: give at least one.")
+            raise ValueError("`image` is a batch of no images: give at least one.")
         for picture in pictures:
             if picture.width == 0 or picture.height == 0:
                 raise ValueError(f"An image of {picture.width}x{picture.height} pixels is empty.")

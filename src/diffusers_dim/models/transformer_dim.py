@@ -13,6 +13,8 @@
 # limitations under the License.
 """The painter: SANA's linear-attention transformer, with noisy and source latents side by side in its channels."""
 
+from typing import Any
+
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
@@ -30,7 +32,7 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
 
     _repeated_blocks = ["SanaTransformerBlock"]
 
-    def enable_cache(self, config) -> None:
+    def enable_cache(self, config: Any) -> None:
         r"""
         Turns on one of diffusers' step caches, such as `FirstBlockCacheConfig`, see [`~diffusers.CacheMixin`].
 
