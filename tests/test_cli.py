@@ -7,11 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffusers_dim import TINY_SHAPES
 from diffusers_dim.cli import app
-
-
-needs_tiny_model = pytest.mark.skipif(not Path(TINY_SHAPES).is_dir(), reason="the embedded model is not made yet")
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +213,6 @@ def test_usage_error_names_the_option(source):
     assert "--prompt" in result.stderr
 
 
-@needs_tiny_model
 def test_edit_by_default_uses_the_embedded_model(tmp_path):
     from diffusers_dim.tiny import sample_edits
 
@@ -231,7 +226,6 @@ def test_edit_by_default_uses_the_embedded_model(tmp_path):
     assert Image.open(tmp_path / "out.png").size == sample.source.size
 
 
-@needs_tiny_model
 def test_demo_draws_one_sheet(tmp_path):
     result = run("demo", "--output", tmp_path / "demo.png", "--device", "cpu")
     assert result.exit_code == 0, result.output

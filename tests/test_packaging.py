@@ -120,7 +120,6 @@ def test_wheel_is_small(wheel):
     assert wheel.stat().st_size < MAX_WHEEL_BYTES
 
 
-@pytest.mark.skipif(not Path(TINY_SHAPES).is_dir(), reason="the embedded model is not made yet")
 def test_wheel_holds_the_embedded_model(wheel):
     files = [path for path in Path(TINY_SHAPES).rglob("*") if path.is_file()]
     names = set(zipfile.ZipFile(wheel).namelist())

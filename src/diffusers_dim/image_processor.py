@@ -14,6 +14,7 @@
 """From whatever a person calls a picture to what the painter's autoencoder sees."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -93,7 +94,9 @@ class DIMImageProcessor(PixArtImageProcessor):
             )
 
         if not pictures:
-            raise ValueError("`image` is a batch of no images: give at least one.")
+            raise ValueError(
+                f"`image` is a batch of no images, of shape {tuple(np.shape(cast(Any, image)))}: give at least one."
+            )
         for picture in pictures:
             if picture.width == 0 or picture.height == 0:
                 raise ValueError(f"An image of {picture.width}x{picture.height} pixels is empty.")
