@@ -401,7 +401,7 @@ def build_base(work_dir: Path, seed: int) -> None:
         transformer=transformer,
         vae=vae,
         scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"),
-        default_guidance_scale=2.0,
+        default_guidance_scale=2.5,
     )
     with finished_folder(work_dir / "base") as folder:
         pipe.save_pretrained(folder)
@@ -474,7 +474,7 @@ def measure(work_dir: Path, model: Path, count: int) -> None:
     pipe.set_progress_bar_config(disable=True)
     samples = sample_edits(count, HELD_OUT_SEED + 2)
     figures = {}
-    for guidance_scale in (1.0, 1.5, 2.0, 3.0, 4.5):
+    for guidance_scale in (1.0, 1.5, 2.0, 2.5, 3.0, 4.5):
         report = evaluate_shapes(pipe, samples, guidance_scale=guidance_scale)
         print(f"guidance {guidance_scale}\n{report}", flush=True)
         figures[str(guidance_scale)] = report.to_dict()
