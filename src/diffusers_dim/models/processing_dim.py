@@ -47,10 +47,10 @@ class DIMProcessor(Qwen2_5_VLProcessor, ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        return [
-            Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
-        ]
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # How it was loaded is no part of what it is, but would be saved with it.
+        tokenizer.init_kwargs.pop("local_files_only", None)
+        return [Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
 
     def resize(self, image: Image.Image, height: int, width: int) -> Image.Image:
         r"""
