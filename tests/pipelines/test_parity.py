@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from PIL import Image
+from pipeline_checks import assert_same
 
 from diffusers_dim import DIMEditPipeline, DIMPipeline
 
@@ -39,10 +40,6 @@ def encoded(case):
     return case.pipe.processor.encode([case.settings["prompt"]], case.images, resolution, resolution)
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
-
-
 def call(case: Case, **inputs):
     return case.pipe(
         **({} if case.images is None else {"image": case.images}),
@@ -69,13 +66,13 @@ def test_hidden_states(case):
         [case.settings["prompt"]], case.images, resolution, resolution
     )
     assert mask.all()
-    assert_close(hidden_states[0], case.tensors["hidden"][case.tensors["user_mask"]], 2e-5)
+    assert_same(hidden_states[0], case.tensors["hidden"][case.tensors["user_mask"]], 2e-5)
 
 
 @torch.no_grad()
 def test_condition(case):
     hidden_states = case.tensors["hidden"][case.tensors["user_mask"]][None]
-    assert_close(case.pipe.connector(hidden_states).prompt_embeds, case.tensors["cond"], 5e-6)
+    assert_same(case.pipe.connector(hidden_states).prompt_embeds, case.tensors["cond"], 5e-6)
 
 
 @torch.no_grad()
@@ -84,21 +81,21 @@ def test_condition_from_prompt_and_source(case):
     condition, mask, null_condition, null_mask = case.pipe.encode_prompt(
         case.settings["prompt"], case.images, resolution, resolution
     )
-    assert_close(condition, case.tensors["cond"], 1e-5)
+    assert_same(condition, case.tensors["cond"], 1e-5)
     assert torch.equal(null_condition[0], case.pipe.connector.null_condition[: condition.shape[1]])
     assert mask.all() and null_mask.all()
 
 
 def test_source_pixels(edit):
     resolution = edit.settings["res"]
-    assert_close(edit.pipe.image_processor.preprocess(edit.images, resolution, resolution), edit.tensors["raw"], 1e-6)
+    assert_same(edit.pipe.image_processor.preprocess(edit.images, resolution, resolution), edit.tensors["raw"], 1e-6)
 
 
 @torch.no_grad()
 def test_source_latents(edit):
     resolution = edit.settings["res"]
     latents = edit.pipe.prepare_image_latents(edit.images, resolution, resolution, torch.device("cpu"))
-    assert_close(latents, edit.tensors["z_src"], 1e-5)
+    assert_same(latents, edit.tensors["z_src"], 1e-5)
 
 
 def test_noise(case):
@@ -110,22 +107,22 @@ def test_noise(case):
 
 def test_denoised_latents(case):
     latents = call(case, prompt_embeds=case.tensors["cond"], latents=case.tensors["z"], output_type="latent")
-    assert_close(latents, case.tensors["latents"], 3e-4)
+    assert_same(latents, case.tensors["latents"], 3e-4)
 
 
 @torch.no_grad()
 def test_image_before_clamping(case):
     scaling_factor = case.pipe.vae.config.scaling_factor
     image = case.pipe.vae.decode(case.tensors["latents"] / scaling_factor).sample
-    assert_close(image, case.tensors["image"], 1e-4)
+    assert_same(image, case.tensors["image"], 1e-4)
 
 
 def test_image_after_clamping(case):
     image = case.pipe.decode_latents(case.tensors["latents"], "pt")
-    assert_close(image, (case.tensors["image"] / 2 + 0.5).clamp(0, 1), 5e-5)
+    assert_same(image, (case.tensors["image"] / 2 + 0.5).clamp(0, 1), 5e-5)
 
 
 def test_whole_call(case):
     generator = torch.Generator().manual_seed(case.settings["seed"])
     images = call(case, prompt=case.settings["prompt"], generator=generator, output_type="pt")
-    assert_close(images, (case.tensors["image"] / 2 + 0.5).clamp(0, 1), 5e-4)
+    assert_same(images, (case.tensors["image"] / 2 + 0.5).clamp(0, 1), 5e-4)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     DPMSolverMultistepScheduler,
     FirstBlockCacheConfig,
@@ -18,6 +19,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGC
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from pipeline_checks import assert_differ, assert_same, generators
 from safetensors.torch import load_file
 
 from diffusers_dim import DIMConnector, DIMEditPipeline, DIMPipeline, DIMPipelineOutput, DIMTransformer2DModel
@@ -25,19 +27,6 @@ from diffusers_dim import DIMConnector, DIMEditPipeline, DIMPipeline, DIMPipelin
 
 PROMPTS = ["Make it red.", "Remove the small green square that lies to the left of the big blue star.", "Add a star."]
 LORA = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def assert_same(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
-
-
-def assert_differ(actual: torch.Tensor, expected: torch.Tensor):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() > 1e-3
 
 
 @contextmanager
@@ -315,6 +304,16 @@ def test_guidance_that_a_callback_cuts_off_halves_the_batch(pipe, paint):
         paint(pipe, num_inference_steps=4, callback_on_step_end=cutoff)
     assert batch_sizes == [2, 2, 2, 1]  # the callback comes at the end of step 2 of 0 to 3
     assert pipe.guidance_scale == 0.0
+
+
+def test_guidance_that_a_callback_turns_off_and_on_again_takes_effect(pipe, paint):
+    def switch(pipe, step, timestep, tensors):
+        pipe._guidance_scale = [1.0, 1.0, 4.0, 4.0][step]
+
+    with recorded_batch_sizes(pipe) as batch_sizes:
+        latents = paint(pipe, num_inference_steps=4, callback_on_step_end=switch)
+    assert batch_sizes == [2, 1, 1, 2]
+    assert latents.isfinite().all()
 
 
 def test_guidance_that_a_callback_raises_takes_effect(pipe, paint):
@@ -621,6 +620,17 @@ def test_offloaded_pipeline_paints_the_same(pipe, own, paint, offload):
     assert_same(paint(offloaded).cpu(), paint(pipe), 1e-3)
 
 
+def test_components_offloaded_layer_by_layer_paint_the_same(pipe, own, paint):
+    # What enable_sequential_cpu_offload does with each component, on whatever device there is.
+    offloaded = own(pipe)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    for name in ("text_encoder", "connector", "transformer", "vae"):
+        component = offloaded.components[name]
+        cpu_offload(component, device, offload_buffers=len(component._parameters) > 0)
+        assert all(parameter.is_meta for parameter in component.parameters())
+    assert_same(paint(offloaded).cpu(), paint(pipe), 1e-3 if device.type != "cpu" else 0)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}],
@@ -683,6 +693,13 @@ def test_first_block_cache_that_never_skips_changes_nothing(pipe, own, paint):
     expected = paint(pipe, **inputs)
     assert_same(paint(cached, **inputs), expected, 1e-6)
     assert_same(paint(cached, **inputs), expected, 1e-6)  # nothing is left of the first call
+
+
+def test_first_block_cache_of_the_guided_batch_is_not_taken_for_the_unguided_one(pipe, own, paint):
+    cached = own(pipe)
+    cached.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))  # skips whenever it may
+    latents = paint(cached, num_inference_steps=4, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.25))
+    assert latents.shape == (1, 4, 8, 8)
 
 
 # LoRA

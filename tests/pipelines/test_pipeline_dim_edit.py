@@ -4,21 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from pipeline_checks import assert_differ, assert_same, generators
 
 from diffusers_dim import DIMEditPipeline
-
-
-def generators(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def assert_same(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4):
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0)
-
-
-def assert_differ(actual: torch.Tensor, expected: torch.Tensor):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() > 1e-3
 
 
 class Designer:
