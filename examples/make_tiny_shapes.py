@@ -38,7 +38,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from diffusers_dim import DIMConnector, DIMEditPipeline, DIMProcessor, DIMTransformer2DModel
 from diffusers_dim.evaluation.shapes import evaluate_shapes
 from diffusers_dim.tiny.world import SHAPE_COLORS, sample_edits, sample_scenes
-from diffusers_dim.training import latest_checkpoint
+from diffusers_dim.training import checkpoint_step, latest_checkpoint
 
 
 HELD_OUT_SEED = 1_000_000_007
@@ -447,7 +447,7 @@ def train_painter(work_dir: Path, seed: int, passes: list[int], mixed_precision:
     command += ["--validation_prompt", *(edit.instruction for edit in held_out)]
     for steps in passes:
         latest = latest_checkpoint(output)
-        done = int(latest.name.split("-")[1]) if latest is not None else 0
+        done = checkpoint_step(latest) if latest is not None else 0
         finished = (output / "model_index.json").exists()
         if done > steps or (done == steps and (finished or steps != passes[-1])):
             continue
@@ -464,6 +464,10 @@ def export(work_dir: Path, output: Path) -> None:
     with finished_folder(output) as folder:
         pipe.save_pretrained(folder)
         shutil.copytree(text_encoder, folder / "text_encoder", dirs_exist_ok=True)
+        for path in folder.rglob("*.json"):
+            config = json.loads(path.read_text())
+            if config.pop("_name_or_path", None) is not None:  # where it was made is of no use elsewhere
+                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def measure(work_dir: Path, model: Path, count: int) -> None:

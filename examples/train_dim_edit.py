@@ -44,6 +44,7 @@ from diffusers_dim.data import EditDataset, EpochSampler
 from diffusers_dim.evaluation.sheets import SheetRow, draw_sheet
 from diffusers_dim.training import (
     DIMTrainingModel,
+    checkpoint_step,
     latest_checkpoint,
     prune_checkpoints,
     sample_timesteps,
@@ -173,17 +174,13 @@ def collate_encoded(items: list[dict[str, torch.Tensor]], device: torch.device) 
 def log_validation(pipe: DIMEditPipeline, args: argparse.Namespace, accelerator: Accelerator, step: int) -> None:
     """Edits the validation pictures and draws them, source and edit, on one sheet: `validation/{step}.png`."""
     pipe.set_progress_bar_config(disable=True)
+    settings = {"height": args.resolution, "width": args.resolution, "max_sequence_length": args.max_sequence_length}
     rows = []
     for path, prompt in zip(args.validation_image, args.validation_prompt):
         source = pipe.image_processor.to_rgb(Image.open(path))[0]
-        size = {"height": args.resolution, "width": args.resolution}
-        generator = torch.Generator().manual_seed(args.seed)
-        edit = pipe(source, prompt, **size, generator=generator, max_sequence_length=args.max_sequence_length).images[
-            0
-        ]
-        rows.append(
-            SheetRow(prompt, [("source", pipe.image_processor.resize_and_crop(source, **size)), ("edit", edit)])
-        )
+        edit = pipe(source, prompt, generator=torch.Generator().manual_seed(args.seed), **settings).images[0]
+        seen = pipe.image_processor.resize_and_crop(source, args.resolution, args.resolution)
+        rows.append(SheetRow(prompt, [("source", seen), ("edit", edit)]))
     sheet = draw_sheet(rows, heading=f"Step {step}")
     path = Path(args.output_dir) / "validation" / f"{step}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,8 +230,8 @@ def main(args: argparse.Namespace) -> None:
     pipe = DIMEditPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=torch.float32
     )
-    frozen_dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(accelerator.mixed_precision, "float32")
-    frozen_dtype = getattr(torch, args.frozen_dtype or frozen_dtype)
+    mixed_dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(accelerator.mixed_precision, "float32")
+    frozen_dtype = getattr(torch, args.frozen_dtype or mixed_dtype)
     pipe.text_encoder.requires_grad_(False).to(accelerator.device, frozen_dtype)
     pipe.vae.requires_grad_(False).to(accelerator.device)
     model = DIMTrainingModel(pipe.connector, pipe.transformer, pipe.scheduler.config.flow_shift).train()
@@ -291,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
         if path is None or not path.is_dir():
             raise ValueError(f"No checkpoint to resume from: {path or args.output_dir} is not there or holds none.")
         accelerator.load_state(str(path))
-        step = int(path.name.split("-")[1])
+        step = checkpoint_step(path)
         logger.info("Resumed from %s", path)
     if accelerator.is_main_process and args.report_to != "none":
         accelerator.init_trackers(

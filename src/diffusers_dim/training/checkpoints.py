@@ -19,10 +19,17 @@ from pathlib import Path
 from accelerate import Accelerator
 
 
+def checkpoint_step(path: Path) -> int:
+    """The optimizer steps that a folder `checkpoint-N` was saved after: N."""
+    return int(path.name.removeprefix("checkpoint-"))
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    found = (path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdecimal())
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    found = (
+        path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()
+    )
+    return sorted(found, key=checkpoint_step)
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
