@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
-from diffusers import FasterCacheConfig, TaylorSeerCacheConfig
+from diffusers import FasterCacheConfig, FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput, ParallelConfig
@@ -48,6 +47,10 @@ from ..ops import (
     relu_linear_attention_state,
     uses_kernels,
 )
+
+
+if torch.distributed.is_available():
+    import torch.distributed._functional_collectives as funcol
 
 
 # Fused kernels that take no mask, and their twins that take lengths: what a padded batch is attended to with.
@@ -109,7 +112,8 @@ class DIMDenoisingCache:
             if layer.key is not None:
                 layer.key, layer.value = layer.key.clone(), layer.value.clone()
         if self.timestep_embeds is not None:
-            self.timestep_embeds = tuple(embeds.clone() for embeds in self.timestep_embeds)
+            temb, embedded_timestep = self.timestep_embeds
+            self.timestep_embeds = temb.clone(), embedded_timestep.clone()
 
 
 class DIMRMSNorm(RMSNorm):
@@ -138,7 +142,7 @@ class DIMLinearAttnProcessor:
 
         state = relu_linear_attention_state(key, value)
         if self._parallel_config is not None:
-            state = funcol.all_reduce(state, "sum", _context_parallel_group(self._parallel_config))
+            state = _SumOverDevices.apply(state, _context_parallel_mesh(self._parallel_config).get_group())
         hidden_states = relu_linear_attention_apply(query, state).flatten(2)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if hidden_states.dtype == torch.float16:
@@ -208,6 +212,9 @@ class DIMAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = DIMLinearAttnProcessor
     _available_processors = [DIMLinearAttnProcessor, DIMCrossAttnProcessor]
+    processor: Any
+    to_qkv: nn.Linear  # made by fuse_projections, as the next one
+    to_kv: nn.Linear
 
     def __init__(
         self,
@@ -232,12 +239,14 @@ class DIMAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(cross_attention_dim or dim, inner_dim, bias=bias)
         self.to_v = nn.Linear(cross_attention_dim or dim, inner_dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
-        self.set_processor(DIMCrossAttnProcessor() if self.is_cross_attention else DIMLinearAttnProcessor())
+        self.processor = DIMCrossAttnProcessor() if self.is_cross_attention else DIMLinearAttnProcessor()
 
     @property
     def uses_fused_projections(self) -> bool:
         """Whether projections are fused and nothing, such as an adapter, has been put around one since."""
-        return self.fused_projections and type(self.to_k) is nn.Linear and type(self.to_v) is nn.Linear
+        return bool(self.fused_projections) and all(
+            type(layer) is nn.Linear for layer in (self.to_q, self.to_k, self.to_v)
+        )
 
     def fuse_projections(self) -> None:
         """
@@ -442,7 +451,7 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
     _no_split_modules = ["DIMTransformerBlock", "PatchEmbed", "SanaModulatedNorm"]
     _repeated_blocks = ["DIMTransformerBlock"]
     _cp_plan = {
-        "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "patch_embed": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
         "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
 
@@ -548,7 +557,8 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
             `(batch_size, out_channels, height, width)`.
 
         Raises:
-            ValueError: If the number of pictures is no multiple of the number of conditions.
+            ValueError: If the number of pictures is no multiple of the number of conditions, or, under context
+                parallelism, the number of rows none of the number of devices.
         """
         # 1. Input
         batch_size, _, height, width = hidden_states.shape
@@ -559,6 +569,8 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
             )
         patch_size = self.config.patch_size
         height, width = height // patch_size, width // patch_size
+        if self._parallel_config is not None:
+            self._check_context_parallel(height, controlnet_block_samples)
         # The embedding hands its tokens on with channels strided, and the residual stream would keep that layout.
         hidden_states = self.patch_embed(hidden_states).contiguous()
 
@@ -603,6 +615,23 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
             return (output,)
         return Transformer2DModelOutput(sample=output)
 
+    def _check_context_parallel(self, rows: int, controlnet_block_samples: tuple[torch.Tensor, ...] | None) -> None:
+        """Raises a `ValueError` if a picture of so many rows of tokens cannot be split over the devices."""
+        devices = _context_parallel_mesh(self._parallel_config).size()
+        if rows % devices:
+            raise ValueError(
+                f"{rows} rows of tokens cannot be split evenly over {devices} devices: under context parallelism the"
+                f" latents' height has to be a multiple of {devices * self.config.patch_size}."
+            )
+        if controlnet_block_samples is not None:
+            raise ValueError("Context parallelism does not split `controlnet_block_samples`: give None.")
+        if isinstance(self._cache_config, FirstBlockCacheConfig):
+            # Devices that decide differently would wait for each other for ever.
+            raise ValueError(
+                "A first-block cache decides by what one device sees, and cannot go with context parallelism: use"
+                " MagCacheConfig, TaylorSeerCacheConfig, PyramidAttentionBroadcastConfig or FasterCacheConfig."
+            )
+
     def _embed_timestep(
         self,
         timestep: torch.Tensor,
@@ -619,7 +648,8 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
             cache.timestep_embeds = self.time_embed(cache.timesteps, hidden_dtype=dtype)
         # A timestep's place is found on the device, so that the host need not wait for it.
         index = (cache.timesteps == timestep[:, None]).int().argmax(dim=1)
-        return tuple(embeds.index_select(0, index) for embeds in cache.timestep_embeds)
+        temb, embedded_timestep = cache.timestep_embeds
+        return temb.index_select(0, index), embedded_timestep.index_select(0, index)
 
     def condition_state(self, attention_kwargs: dict[str, Any] | None = None) -> list[Any]:
         r"""
@@ -633,14 +663,11 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
             `list`, to be compared with `==`.
         """
         state: list[Any] = [(attention_kwargs or {}).get("scale", 1.0)]
-        attentions = [block.attn2 for block in self.transformer_blocks]
-        parts = [self.time_embed, self.caption_projection, self.caption_norm]
-        for attn in attentions:
-            parts += [attn.to_k, attn.to_v, attn.norm_k, getattr(attn, "to_kv", None)]
+        parts: list[Any] = [self.time_embed, self.caption_projection, self.caption_norm]
+        for block in self.transformer_blocks:
+            parts += [getattr(block.attn2, name, None) for name in ("to_k", "to_v", "to_kv", "norm_k")]
         adapters = []
-        for part in parts:
-            if part is None:
-                continue
+        for part in filter(None, parts):
             for module in part.modules():
                 if hasattr(module, "active_adapters"):
                     merged, disabled = list(module.merged_adapters), module.disable_adapters
@@ -689,8 +716,22 @@ def is_compiled(model: nn.Module) -> bool:
     return is_compiled_module(model) or any(module._compiled_call_impl is not None for module in model.modules())
 
 
-def _context_parallel_group(parallel_config: ParallelConfig) -> Any:
-    return parallel_config.context_parallel_config._flattened_mesh.get_group()
+def _context_parallel_mesh(parallel_config: ParallelConfig) -> Any:
+    """The devices that hold a picture's rows in their order: ring and Ulysses are one to a sum."""
+    return parallel_config.context_parallel_config._flattened_mesh
+
+
+class _SumOverDevices(torch.autograd.Function):
+    """Adds up what the devices hold. torch's own function has a gradient only in newer versions."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        return funcol.wait_tensor(funcol.all_reduce(tensor, "sum", group))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return funcol.wait_tensor(funcol.all_reduce(grad_output.contiguous(), "sum", ctx.group)), None
 
 
 def _with_neighbouring_rows(hidden_states: torch.Tensor, parallel_config: ParallelConfig) -> torch.Tensor:
@@ -698,11 +739,13 @@ def _with_neighbouring_rows(hidden_states: torch.Tensor, parallel_config: Parall
     `(batch_size, channels, rows, width)` with the last row of the previous device's part above it and the first of the
     next one's below, zeros at the picture's edges: what a convolution of height 3 sees.
     """
-    config = parallel_config.context_parallel_config
-    rank, size = config._flattened_mesh.get_local_rank(), config._flattened_mesh.size()
-    edges = torch.stack([hidden_states[:, :, 0], hidden_states[:, :, -1]])
-    edges = funcol.all_gather_tensor(edges[None].contiguous(), 0, _context_parallel_group(parallel_config))
+    mesh = _context_parallel_mesh(parallel_config)
+    rank, size = mesh.get_local_rank(), mesh.size()
+    # One row to each neighbour, in the neighbours' order, and as many from them.
+    counts = [int(abs(other - rank) == 1) for other in range(size)]
+    edges = [hidden_states[:, :, 0]] * (rank > 0) + [hidden_states[:, :, -1]] * (rank + 1 < size)
+    edges = funcol.all_to_all_single_autograd(torch.stack(edges), counts, counts, mesh.get_group())
     zeros = torch.zeros_like(hidden_states[:, :, :1])
-    above = edges[rank - 1, 1][:, :, None] if rank > 0 else zeros
-    below = edges[rank + 1, 0][:, :, None] if rank + 1 < size else zeros
+    above = edges[0].unsqueeze(2) if rank > 0 else zeros
+    below = edges[-1].unsqueeze(2) if rank + 1 < size else zeros
     return torch.cat([above, hidden_states, below], dim=2)

@@ -488,8 +488,11 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self._num_timesteps = len(timesteps)
         first_guided, last_guided = (int(bound * len(timesteps)) for bound in guidance_interval)
         model_timesteps = timesteps * self.transformer.config.timestep_scale
+        # Rows of a product of another size round otherwise on a CPU, where embedding all at once gains nothing.
+        embeds_at_once = timesteps.device.type != "cpu"
         branches: dict[bool, tuple] = {}  # what the transformer is given, with and without guidance
-        state = held = None
+        state: tuple = None
+        held: tuple = None
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
@@ -507,20 +510,21 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 if guided not in branches:
                     branches[guided] = self._prepare_branch(
                         latents.shape[0],
-                        model_timesteps,
+                        model_timesteps if embeds_at_once else None,
                         prompt_embeds,
                         prompt_attention_mask,
-                        *((negative_prompt_embeds, negative_prompt_attention_mask) if guided else ()),
-                        guided_branch=branches.get(True),
+                        negative_prompt_embeds if guided else None,
+                        negative_prompt_attention_mask if guided else None,
+                        branches.get(True),
                     )
                 encoder_hidden_states, encoder_attention_mask, denoising_cache = branches[guided]
-                was_filled = denoising_cache is not None and denoising_cache.is_filled
+                fills_cache = denoising_cache is not None and not denoising_cache.is_filled
 
                 model_input = latents if image_latents is None else torch.cat([latents, image_latents], dim=1)
                 if guided:
                     model_input = torch.cat([model_input] * 2)
                 timestep = model_timesteps[i : i + 1]
-                if denoising_cache is None:
+                if denoising_cache is None or not embeds_at_once:
                     timestep = timestep.expand(model_input.shape[0])
                 with self.transformer.cache_context("cond_uncond" if guided else "cond"):
                     noise_pred = self.transformer(
@@ -532,7 +536,7 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                         return_dict=False,
                         denoising_cache=denoising_cache,
                     )[0].float()
-                if denoising_cache is not None and not was_filled and is_compiled(self.transformer):
+                if fills_cache and is_compiled(self.transformer):
                     denoising_cache.clone_tensors()
                 if guided:
                     noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
@@ -562,7 +566,7 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     def _prepare_branch(
         self,
         batch_size: int,
-        timesteps: torch.Tensor,
+        timesteps: torch.Tensor | None,
         prompt_embeds: torch.Tensor,
         prompt_attention_mask: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None = None,
