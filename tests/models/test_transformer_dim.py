@@ -267,6 +267,18 @@ def test_batch_that_conditions_do_not_divide_is_refused(transformer):
         transformer(latents, torch.zeros(2, 7, 48), torch.tensor([500]))
 
 
+@pytest.mark.parametrize("timestep", [torch.tensor([500]), torch.tensor([500, 500]), torch.tensor([500, 300] * 2)])
+@pytest.mark.parametrize("conditions", [2, 4])
+def test_branches_of_guidance_are_what_repeated_latents_give(transformer, timestep, conditions):
+    generator = torch.Generator().manual_seed(0)
+    pictures = 1 if len(timestep) == 2 else 2
+    latents = torch.randn(pictures, transformer.config.in_channels, 8, 8, generator=generator)
+    condition = torch.randn(conditions if pictures == 2 else 2, 7, 48, generator=generator)
+    with torch.no_grad():
+        found = transformer(latents, condition, timestep, guidance_branches=2).sample
+        assert torch.equal(found, transformer(latents.repeat(2, 1, 1, 1), condition, timestep).sample)
+
+
 def test_second_half_of_a_cache_is_that_of_the_second_conditions(transformer):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, transformer.config.in_channels, 8, 8, generator=generator)

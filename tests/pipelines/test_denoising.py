@@ -25,14 +25,14 @@ def uncached(monkeypatch):
 
 @contextlib.contextmanager
 def recorded(pipe):
-    """Rows of latents and of the condition in each forward, and how often the condition was projected."""
+    """Pictures and conditions of each forward, and in which ones the condition was projected."""
     calls, projected = [], []
     handles = [
-        pipe.transformer.register_forward_pre_hook(
-            lambda _, args, kwargs: calls.append((args[0].shape[0], kwargs["encoder_hidden_states"].shape[0])),
+        pipe.transformer.register_forward_hook(
+            lambda _, args, kwargs, output: calls.append((len(output[0]), len(kwargs["encoder_hidden_states"]))),
             with_kwargs=True,
         ),
-        pipe.transformer.caption_projection.register_forward_hook(lambda *_: projected.append(len(calls) - 1)),
+        pipe.transformer.caption_projection.register_forward_hook(lambda *_: projected.append(len(calls))),
     ]
     yield calls, projected
     for handle in handles:
@@ -71,6 +71,21 @@ def test_pictures_of_a_prompt_share_its_condition(pipe, paint, uncached):
         repeated = paint(pipe, **inputs)
     assert calls == [(12, 12)] * 2
     torch.testing.assert_close(shared, repeated, atol=1e-4, rtol=0)
+
+
+def test_latents_go_in_once_for_both_branches_of_guidance(pipe, paint, own):
+    latents = []
+    with recorded(pipe) as (calls, _):
+        handle = pipe.transformer.register_forward_pre_hook(lambda _, args: latents.append(len(args[0])))
+        once = paint(pipe, height=64, width=64)
+        handle.remove()
+    assert latents == [1, 1]
+    assert calls == [(2, 2)] * 2
+    compiled = own(pipe)
+    compiled.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    compiled.transformer.register_forward_pre_hook(lambda _, args: latents.append(len(args[0])))
+    torch.testing.assert_close(paint(compiled, height=64, width=64), once, atol=1e-4, rtol=0)
+    assert latents == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

@@ -31,9 +31,9 @@ LORA = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to
 
 @contextmanager
 def recorded_batch_sizes(pipe: DIMPipeline):
-    """The batch size of each forward of the transformer."""
+    """How many pictures each forward of the transformer gave."""
     batch_sizes = []
-    handle = pipe.transformer.register_forward_pre_hook(lambda module, args: batch_sizes.append(len(args[0])))
+    handle = pipe.transformer.register_forward_hook(lambda module, args, output: batch_sizes.append(len(output[0])))
     try:
         yield batch_sizes
     finally:

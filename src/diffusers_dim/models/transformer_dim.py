@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import FasterCacheConfig, FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput, ParallelConfig
@@ -61,6 +67,16 @@ VARLEN_BACKENDS = {
     AttentionBackendName._FLASH_3_HUB: AttentionBackendName._FLASH_3_VARLEN_HUB,
     AttentionBackendName.SAGE: AttentionBackendName.SAGE_VARLEN,
 }
+
+# diffusers' other step caches go by what only some models have, SeaCache by a video's latents and TextKVCache by one
+# model's blocks; what the latter saves, `DIMDenoisingCache` does.
+STEP_CACHES = (
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    TaylorSeerCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    FasterCacheConfig,
+)
 
 
 @dataclass
@@ -378,6 +394,7 @@ class DIMTransformerBlock(nn.Module):
         height: int | None = None,
         width: int | None = None,
         condition: DIMLayerCondition | None = None,
+        guidance_branches: int = 1,
     ) -> torch.Tensor:
         r"""
         Args:
@@ -390,7 +407,7 @@ class DIMTransformerBlock(nn.Module):
                 `conditions`; pictures that share one follow each other.
             encoder_attention_mask (`torch.Tensor` of shape `(conditions, 1, 1, tokens)`, *optional*):
                 True where the condition holds a token.
-            timestep (`torch.Tensor` of shape `(batch_size or 1, 6 * dim)`):
+            timestep (`torch.Tensor` of shape `(batch_size * guidance_branches or 1, 6 * dim)`):
                 The modulation that the timestep asks for.
             height (`int`):
                 Rows of the whole picture.
@@ -398,18 +415,26 @@ class DIMTransformerBlock(nn.Module):
                 Columns.
             condition (`DIMLayerCondition`, *optional*):
                 This layer's keys and values, filled by the first call.
+            guidance_branches (`int`, defaults to 1):
+                How often the tokens go on from the cross-attention, each time under other conditions. What is before
+                it, equal in all branches, is computed once.
 
         Returns:
-            `torch.Tensor` of the shape of `hidden_states`.
+            `torch.Tensor` of shape `(batch_size * guidance_branches, height * width, dim)`.
         """
+        batch_size = hidden_states.shape[0]
+
         # 1. Modulation
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = (
             self.scale_shift_table[None] + timestep.unflatten(-1, (6, -1))
         ).chunk(6, dim=1)
 
         # 2. Self-attention
+        shift_msa, scale_msa, gate_msa = shift_msa[:batch_size], scale_msa[:batch_size], gate_msa[:batch_size]
         norm_hidden_states = layer_norm_modulate(hidden_states, shift_msa, scale_msa, self.norm1.eps)
         hidden_states = gate_residual(hidden_states, gate_msa, self.attn1(norm_hidden_states))
+        if guidance_branches > 1:
+            hidden_states = hidden_states.repeat(guidance_branches, 1, 1)
 
         # 3. Cross-attention
         attn_output = self.attn2(
@@ -446,6 +471,11 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
     It is faster than the parent class with equal results: what depends on the condition alone is computed once a call
     ([`DIMDenoisingCache`]), pictures that share a condition share its keys and values, cross-attention goes through
     diffusers' attention dispatcher, and memory-bound operations run as Triton kernels on a GPU ([`set_kernels`]).
+
+    `enable_parallelism(config=ContextParallelConfig(ring_degree=N))` shares a picture's rows out to N devices, with
+    equal results; "ring" and "ulysses" are the same here. Every process makes the same call, with the same seed, and
+    gets the whole picture. In training a device's gradients are those of its rows: their sum, not their mean, is the
+    gradient. diffusers has no call that turns it off: load the model again.
     """
 
     _no_split_modules = ["DIMTransformerBlock", "PatchEmbed", "SanaModulatedNorm"]
@@ -527,15 +557,16 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
         controlnet_block_samples: tuple[torch.Tensor, ...] | None = None,
         return_dict: bool = True,
         denoising_cache: DIMDenoisingCache | None = None,
+        guidance_branches: int = 1,
     ) -> tuple[torch.Tensor, ...] | Transformer2DModelOutput:
         r"""
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
                 Noisy latents, for an edit with the source latents behind them.
             encoder_hidden_states (`torch.Tensor` of shape `(conditions, tokens, caption_channels)`):
-                Connector outputs. `batch_size` is a multiple of `conditions`; pictures that share one follow each
-                other. Not read once `denoising_cache` is filled.
-            timestep (`torch.Tensor` of shape `(batch_size,)` or `(1,)`):
+                Connector outputs. `batch_size * guidance_branches` is a multiple of `conditions`; pictures that share
+                one follow each other. Not read once `denoising_cache` is filled.
+            timestep (`torch.Tensor` of shape `(batch_size * guidance_branches,)` or `(1,)`):
                 The timestep of each picture, or of all.
             guidance (`torch.Tensor` of shape `(batch_size,)`, *optional*):
                 Guidance scale, for a model with `guidance_embeds`.
@@ -551,17 +582,21 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
                 Whether to return a [`~models.modeling_outputs.Transformer2DModelOutput`] or a tuple.
             denoising_cache (`DIMDenoisingCache`, *optional*):
                 What the steps of one call share; filled here if it is empty.
+            guidance_branches (`int`, defaults to 1):
+                How often the whole batch is painted, each time under other conditions: 2 under classifier-free
+                guidance gives what twice the latents would, with less work.
 
         Returns:
             [`~models.modeling_outputs.Transformer2DModelOutput`], or a tuple of its `sample`: the predicted flow,
-            `(batch_size, out_channels, height, width)`.
+            `(batch_size * guidance_branches, out_channels, height, width)`.
 
         Raises:
             ValueError: If the number of pictures is no multiple of the number of conditions, or, under context
                 parallelism, the number of rows none of the number of devices.
         """
         # 1. Input
-        batch_size, _, height, width = hidden_states.shape
+        height, width = hidden_states.shape[2:]
+        batch_size = hidden_states.shape[0] * guidance_branches
         if batch_size % encoder_hidden_states.shape[0]:
             raise ValueError(
                 f"The batch of {batch_size} has to be a multiple of the number of conditions, which is"
@@ -596,6 +631,7 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
                 height,
                 width,
                 None if denoising_cache is None else denoising_cache.layers[index],
+                guidance_branches if index == 0 else 1,
             )
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *inputs)
@@ -690,7 +726,25 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
             config (one of the above):
                 Which cache, and how. A `TaylorSeerCacheConfig` that names no modules extrapolates the results of both
                 attentions and of the convolution in every block.
+
+        Raises:
+            ValueError: If the cache does not fit this model or is not told what it has to know, or if another one is
+                on.
         """
+        name = type(config).__name__
+        if not isinstance(config, STEP_CACHES):
+            allowed = [fitting.__name__ for fitting in STEP_CACHES]
+            raise ValueError(f"The step cache has to be one of {allowed}, but is {name}.")
+        if getattr(config, "current_timestep_callback", self) is None:
+            raise ValueError(
+                f"{name} needs to know the timestep: give `current_timestep_callback=lambda: pipe.current_timestep`."
+            )
+        if isinstance(config, FasterCacheConfig) and config.tensor_format != "BCHW":
+            raise ValueError(f"`tensor_format` of {name} has to be 'BCHW' here, but is {config.tensor_format!r}.")
+        if isinstance(config, FasterCacheConfig) and config.is_guidance_distilled:
+            raise ValueError(
+                f"`is_guidance_distilled` of {name} has to be False: this model has two guidance branches."
+            )
         # The caches look a block's class up.
         TransformerBlockRegistry.register(DIMTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
         if isinstance(config, TaylorSeerCacheConfig) and not (
@@ -744,8 +798,8 @@ def _with_neighbouring_rows(hidden_states: torch.Tensor, parallel_config: Parall
     # One row to each neighbour, in the neighbours' order, and as many from them.
     counts = [int(abs(other - rank) == 1) for other in range(size)]
     edges = [hidden_states[:, :, 0]] * (rank > 0) + [hidden_states[:, :, -1]] * (rank + 1 < size)
-    edges = funcol.all_to_all_single_autograd(torch.stack(edges), counts, counts, mesh.get_group())
+    received = funcol.all_to_all_single_autograd(torch.stack(edges), counts, counts, mesh.get_group())
     zeros = torch.zeros_like(hidden_states[:, :, :1])
-    above = edges[0].unsqueeze(2) if rank > 0 else zeros
-    below = edges[-1].unsqueeze(2) if rank + 1 < size else zeros
+    above = received[0].unsqueeze(2) if rank > 0 else zeros
+    below = received[-1].unsqueeze(2) if rank + 1 < size else zeros
     return torch.cat([above, hidden_states, below], dim=2)

@@ -490,6 +490,10 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         model_timesteps = timesteps * self.transformer.config.timestep_scale
         # Rows of a product of another size round otherwise on a CPU, where embedding all at once gains nothing.
         embeds_at_once = timesteps.device.type != "cpu"
+        compiled = is_compiled(self.transformer)
+        # The first block treats both branches of guidance alike up to its cross-attention. diffusers' step caches need
+        # the batch as it comes out, and compiled blocks would be compiled for the first one apart.
+        repeats_input = compiled or self.transformer.is_cache_enabled
         branches: dict[bool, tuple] = {}  # what the transformer is given, with and without guidance
         state: tuple = None
         held: tuple = None
@@ -521,11 +525,11 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                 fills_cache = denoising_cache is not None and not denoising_cache.is_filled
 
                 model_input = latents if image_latents is None else torch.cat([latents, image_latents], dim=1)
-                if guided:
+                if guided and repeats_input:
                     model_input = torch.cat([model_input] * 2)
                 timestep = model_timesteps[i : i + 1]
                 if denoising_cache is None or not embeds_at_once:
-                    timestep = timestep.expand(model_input.shape[0])
+                    timestep = timestep.expand(latents.shape[0] * (2 if guided else 1))
                 with self.transformer.cache_context("cond_uncond" if guided else "cond"):
                     noise_pred = self.transformer(
                         model_input.to(self.transformer.dtype),
@@ -535,8 +539,9 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                         attention_kwargs=self.attention_kwargs,
                         return_dict=False,
                         denoising_cache=denoising_cache,
+                        guidance_branches=2 if guided and not repeats_input else 1,
                     )[0].float()
-                if fills_cache and is_compiled(self.transformer):
+                if fills_cache and compiled:
                     denoising_cache.clone_tensors()
                 if guided:
                     noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
