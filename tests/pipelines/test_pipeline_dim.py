@@ -798,3 +798,30 @@ def test_text_to_image_with_an_edit_checkpoint_raises(edit_pipe):
     wrong = DIMPipeline(**edit_pipe.components)
     with pytest.raises(ValueError, match=r"DIMPipeline needs .* 4 input channels .* has 8: it is of the edit kind"):
         wrong("A table.")
+
+
+# Attention of the vision-language model
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_of_the_text_encoder_is_chosen_at_load(pipe, paint, tmp_path, implementation):
+    pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path, attn_implementation=implementation)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.text_encoder.config._attn_implementation == implementation
+    assert loaded.text_encoder.model.visual.config._attn_implementation == implementation
+    torch.testing.assert_close(paint(loaded), paint(pipe), atol=1e-4, rtol=0)
+
+
+def test_attention_of_the_text_encoder_is_sdpa_where_flash_is_not_there(pipe):
+    assert pipe.text_encoder.config._attn_implementation == "sdpa"
+
+
+def test_unknown_attention_of_the_text_encoder_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="flash_attention_7"):
+        type(pipe).from_pretrained(tmp_path, attn_implementation="flash_attention_7")
+    with pytest.raises(ValueError, match="this pipeline has none"):
+        type(pipe).from_pretrained(
+            tmp_path, attn_implementation="sdpa", text_encoder=None, processor=None, connector=None
+        )

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.utils import is_flash_attn_2_available
 
 from ..image_processor import MAX_ASPECT_RATIO, DIMImageProcessor
 from ..models import DIMConnector, DIMProcessor, DIMTransformer2DModel
@@ -99,6 +101,34 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         self.image_processor = DIMImageProcessor(
             vae_scale_factor=self.vae_scale_factor, base_size=sample_size * self.vae_scale_factor
         )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, attn_implementation: str | None = None, **kwargs: Any
+    ) -> "DIMPipeline":
+        r"""
+        [`~diffusers.DiffusionPipeline.from_pretrained`], whose arguments it takes, with one more.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A folder or a Hub repository of this pipeline.
+            attn_implementation (`str`, *optional*):
+                The vision-language model's attention, such as "sdpa", "eager", "flash_attention_2" or
+                "flash_attention_3". By default "flash_attention_2" where that is installed and the dtype is a half
+                one, and "sdpa" elsewhere. (The painter's is chosen by `pipe.transformer.set_attention_backend`.)
+
+        Raises:
+            ValueError: If `attn_implementation` is given for a pipeline without a text encoder.
+        """
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if attn_implementation is None and "text_encoder" not in kwargs and pipe.text_encoder is not None:
+            if is_flash_attn_2_available() and pipe.text_encoder.dtype in (torch.float16, torch.bfloat16):
+                attn_implementation = "flash_attention_2"
+        if attn_implementation is not None:
+            if pipe.text_encoder is None:
+                raise ValueError(f"{attn_implementation=} is for the text encoder, but this pipeline has none.")
+            pipe.text_encoder.set_attn_implementation(attn_implementation)
+        return pipe
 
     @property
     def guidance_scale(self) -> float:
