@@ -276,7 +276,9 @@ def test_branches_of_guidance_are_what_repeated_latents_give(transformer, timest
     condition = torch.randn(conditions if pictures == 2 else 2, 7, 48, generator=generator)
     with torch.no_grad():
         found = transformer(latents, condition, timestep, guidance_branches=2).sample
-        assert torch.equal(found, transformer(latents.repeat(2, 1, 1, 1), condition, timestep).sample)
+        repeated = transformer(latents.repeat(2, 1, 1, 1), condition, timestep).sample
+    # Equal with one thread; several divide products of another size otherwise.
+    torch.testing.assert_close(found, repeated, atol=2e-6, rtol=0)
 
 
 def test_second_half_of_a_cache_is_that_of_the_second_conditions(transformer):

@@ -1,0 +1,348 @@
+# Copyright 2026 The diffusers-dim authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Edits many pictures, with a process for each GPU.
+
+    accelerate launch examples/edit_batch.py --pretrained_model_name_or_path EDIT_MODEL \
+        --jsonl edits.jsonl --output_dir outputs/edits --batch_size 4
+
+A line of the jsonl file has `id`, `image_path` and `prompt`, as DIM-Edit was released, and may have a `blueprint`,
+which the painter then reads in the prompt's place. The edit of line 12 becomes `000012.png`, which carries what it was
+made with as JSON in its text chunk "parameters"; `results.jsonl` lists all at the end. A run that was stopped goes on
+when it is started again, and gives what an unbroken one would; so does one of more or fewer processes.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from PIL import ExifTags, Image
+from tqdm.auto import tqdm
+
+from diffusers_dim import DIMEditPipeline
+from diffusers_dim.cli import resolve_dtype, save_image
+from diffusers_dim.image_processor import MAX_ASPECT_RATIO
+
+
+FIELDS = ("id", "image_path", "prompt")
+MAX_IMAGES_PER_PROMPT = 1000
+UNFINISHED = ".unfinished-"
+
+
+@dataclass
+class Edit:
+    """A line of the jsonl file, and the width and height in pixels at which a person sees its source."""
+
+    where: str
+    line: int
+    fields: dict[str, Any]
+    path: Path
+    width: int
+    height: int
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Edit many pictures, with a process for each GPU.")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--pretrained_model_name_or_path", required=True, help="A DIMEditPipeline folder or repository."
+    )
+    model.add_argument("--revision", help="Revision of the repository.")
+    model.add_argument("--variant", help="Variant of the weights, such as bf16.")
+    model.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="Of all weights; bfloat16 by default where the device has it.",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--jsonl", required=True, help="Edits, one a line: id, image_path, prompt, perhaps blueprint.")
+    data.add_argument("--image_root", help="What image paths are relative to; the jsonl's own folder by default.")
+    data.add_argument("--output_dir", default="dim-edits", help="Edited pictures, and at the end results.jsonl.")
+    call = parser.add_argument_group("edits")
+    call.add_argument("--seed", type=int, default=0, help="Noise follows from it and the line's number alone.")
+    call.add_argument("--num_inference_steps", type=int, default=30)
+    call.add_argument("--guidance_scale", type=float, help="The checkpoint's own by default; off at 1.")
+    call.add_argument("--num_images_per_prompt", type=int, default=1, help="Pictures a line.")
+    call.add_argument("--height", type=int, help="In pixels, with --width; by default as each source's shape asks.")
+    call.add_argument("--width", type=int, help="In pixels, with --height.")
+    call.add_argument("--max_sequence_length", type=int, default=8192, help="The last condition tokens that are kept.")
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--batch_size", type=int, default=1, help="Lines a device and call; those of one size go together."
+    )
+    run.add_argument("--compile", action="store_true", help="Compile the transformer's blocks.")
+    run.add_argument("--enable_model_cpu_offload", action="store_true", help="Keep one model at a time on the device.")
+    args = parser.parse_args(arguments)
+
+    for name in "num_inference_steps num_images_per_prompt max_sequence_length batch_size".split():
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} has to be at least 1, but is {getattr(args, name)}.")
+    if args.num_images_per_prompt > MAX_IMAGES_PER_PROMPT:
+        parser.error(
+            f"--num_images_per_prompt has to be at most {MAX_IMAGES_PER_PROMPT}, but is {args.num_images_per_prompt}."
+        )
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed has to lie in [0, 2**32), but is {args.seed}.")
+    if (args.height is None) != (args.width is None):
+        parser.error(f"Give both --height and --width or neither, not {args.height} and {args.width}.")
+    if not Path(args.jsonl).is_file():
+        parser.error(f"{args.jsonl} is not a file.")
+    try:
+        args.edits = read_edits(args.jsonl, args.image_root)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+@contextmanager
+def unreadable_pictures_named(where: str, path: Path) -> Iterator[None]:
+    """Says which line a picture is of that PIL cannot read."""
+    try:
+        yield
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{where}: {path} cannot be read as a picture ({error}).") from error
+
+
+def read_edits(jsonl: str | Path, image_root: str | Path | None = None) -> list[Edit]:
+    """
+    Reads and checks every line, and the size of each source.
+
+    Raises:
+        ValueError: If the file holds no line, or a line is no JSON object, lacks a field or names no picture; the line
+            is named.
+    """
+    root = Path(image_root) if image_root is not None else Path(jsonl).parent
+    rows = []
+    with open(jsonl, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{jsonl}, line {number}"
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where} is not JSON: {error}.") from error
+            missing = [name for name in FIELDS if not isinstance(fields, dict) or name not in fields]
+            if missing:
+                raise ValueError(f"{where} lacks {missing}: a line needs {list(FIELDS)}.")
+            for name in ("image_path", "prompt", "blueprint"):
+                text = fields.get(name)
+                if not (isinstance(text, str) and text.strip()) and not (name == "blueprint" and text is None):
+                    raise ValueError(f"{where}: `{name}` has to be a text that is not empty, but is {text!r}.")
+            rows.append((where, number, fields, root / fields["image_path"]))
+    if not rows:
+        raise ValueError(f"{jsonl} holds no edits.")
+    # In threads, since PIL decodes a whole PNG to learn how it lies.
+    with ThreadPoolExecutor() as readers:
+        sizes = list(readers.map(lambda row: read_size(row[0], row[3]), rows))
+    return [Edit(*row, *size) for row, size in zip(rows, sizes, strict=True)]
+
+
+def read_size(where: str, path: Path) -> tuple[int, int]:
+    """Width and height in pixels at which a person sees a picture."""
+    with unreadable_pictures_named(where, path), Image.open(path) as image:
+        width, height = image.size
+        if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # lies on its side
+            width, height = height, width
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"{where}: {path} of {width}x{height} pixels is beyond {MAX_ASPECT_RATIO}:1.")
+    return width, height
+
+
+def plan_pictures(edit: Edit, args: argparse.Namespace, dtype: torch.dtype) -> dict[Path, dict[str, Any]]:
+    """The files that an edit becomes, each with all that determines what it shows."""
+    model = Path(args.pretrained_model_name_or_path)
+    settings = {name: edit.fields.get(name) for name in (*FIELDS, "blueprint")}
+    settings["model"] = model.resolve().name if model.exists() else str(model)
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    for name in ("revision variant num_inference_steps guidance_scale height width max_sequence_length").split():
+        settings[name] = getattr(args, name)
+    pictures = {}
+    for index in range(args.num_images_per_prompt):
+        suffix = f"-{index + 1}" if args.num_images_per_prompt > 1 else ""
+        seed = (args.seed * 1_000_003 + edit.line) * MAX_IMAGES_PER_PROMPT + index
+        pictures[Path(args.output_dir) / f"{edit.line:06d}{suffix}.png"] = {**settings, "seed": seed}
+    return pictures
+
+
+def find_finished(pictures: dict[Path, dict[str, Any]]) -> set[Path]:
+    """
+    Which pictures an earlier run has made.
+
+    Raises:
+        ValueError: If a file is there that was made of another line or with other settings.
+    """
+    finished = set()
+    for path, settings in pictures.items():
+        if not path.exists():
+            continue
+        try:
+            with Image.open(path) as image:
+                found = json.loads(image.info["parameters"])
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no result of this script: choose another --output_dir.") from error
+        changed = [
+            f"{name} {found.get(name)!r}, now {settings[name]!r}"
+            for name in settings
+            if found.get(name) != settings[name]
+        ]
+        if changed:
+            raise ValueError(f"{path} is another run's ({'; '.join(changed)}): choose another --output_dir.")
+        finished.add(path)
+    return finished
+
+
+def make_batches(
+    edits: list[Edit], size_of: Callable[[Edit], tuple[int, int]], batch_size: int
+) -> list[tuple[tuple[int, int], list[Edit]]]:
+    """Batches of edits of one size (height, width) each, in the order of their first lines."""
+    groups: dict[tuple[int, int], list[Edit]] = {}
+    for edit in edits:
+        groups.setdefault(size_of(edit), []).append(edit)
+    batches = [
+        (size, group[start : start + batch_size])
+        for size, group in groups.items()
+        for start in range(0, len(group), batch_size)
+    ]
+    return sorted(batches, key=lambda batch: batch[1][0].line)
+
+
+def read_source(edit: Edit) -> Image.Image:
+    with unreadable_pictures_named(edit.where, edit.path):
+        image = Image.open(edit.path)
+        image.load()
+    return image
+
+
+def save_whole(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
+    """Saves a picture so that it is there as a whole or not at all."""
+    # A name of its own: of a killed run some processes may live on for a while.
+    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    save_image(image, unfinished, settings)
+    os.replace(unfinished, path)
+
+
+def load_pipeline(args: argparse.Namespace, state: PartialState, dtype: torch.dtype) -> DIMEditPipeline:
+    if not state.is_local_main_process:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    pipe = DIMEditPipeline.from_pretrained(
+        args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=dtype
+    )
+    if args.compile:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    if args.enable_model_cpu_offload:
+        pipe.enable_model_cpu_offload(device=state.device)
+    else:
+        pipe.to(state.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def main(args: argparse.Namespace) -> None:
+    # 1. Processes, and what is left to do. At the end one may have to wait long for the others.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
+    if args.enable_model_cpu_offload and state.device.type == "cpu":
+        raise ValueError("--enable_model_cpu_offload needs an accelerator, but the device is the CPU.")
+    dtype = resolve_dtype(args.dtype, state.device)
+    plans = {edit.line: plan_pictures(edit, args, dtype) for edit in args.edits}
+    pictures = {path: settings for plan in plans.values() for path, settings in plan.items()}
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        for leftover in Path(args.output_dir).glob(f"{UNFINISHED}*"):
+            leftover.unlink(missing_ok=True)
+    # One process looks for all: the others might already see what a fast one has made.
+    found = [find_finished(pictures) if state.is_main_process else None]
+    finished = broadcast_object_list(found)[0]
+    if finished:
+        state.print(f"{len(finished)} of {len(pictures)} pictures are already there.")
+
+    if len(finished) < len(pictures):
+        # 2. Batches are those of all lines, so that a picture does not depend on where a run was stopped.
+        pipe = load_pipeline(args, state, dtype)
+        batches = make_batches(
+            args.edits,
+            lambda edit: (
+                (args.height, args.width) if args.height else pipe.image_processor.get_default_height_width(edit)
+            ),
+            args.batch_size,
+        )
+        batches = [batch for batch in batches if any(not finished.issuperset(plans[edit.line]) for edit in batch[1])]
+        share = batches[state.process_index :: state.num_processes]
+
+        # 3. Edit. The last batch is written while the next is computed.
+        bar = tqdm(
+            total=sum(len(batch) for _, batch in share),
+            desc="Edits" if state.num_processes == 1 else f"Edits of 1 process in {state.num_processes}",
+            disable=not state.is_main_process,
+        )
+        saves: list[Future] = []
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            for (height, width), batch in share:
+                plan = [picture for edit in batch for picture in plans[edit.line].items()]
+                images = pipe(
+                    [read_source(edit) for edit in batch],
+                    [edit.fields.get("blueprint") or edit.fields["prompt"] for edit in batch],
+                    height=height,
+                    width=width,
+                    num_inference_steps=args.num_inference_steps,
+                    guidance_scale=args.guidance_scale,
+                    num_images_per_prompt=args.num_images_per_prompt,
+                    # On the CPU, so that a seed gives the same noise on every device.
+                    generator=[torch.Generator("cpu").manual_seed(settings["seed"]) for _, settings in plan],
+                    max_sequence_length=args.max_sequence_length,
+                ).images
+                for save in saves:
+                    save.result()
+                saves = [
+                    writer.submit(save_whole, image, path, settings)
+                    for image, (path, settings) in zip(images, plan, strict=True)
+                    if path not in finished
+                ]
+                bar.update(len(batch))
+            for save in saves:
+                save.result()
+        bar.close()
+
+    # 4. What became of each line
+    state.wait_for_everyone()
+    if state.is_main_process:
+        path = Path(args.output_dir) / "results.jsonl"
+        unfinished = path.with_name(f"{UNFINISHED}{path.name}")
+        with open(unfinished, "w", encoding="utf-8") as lines:
+            for edit in args.edits:
+                plan = plans[edit.line]
+                row = {"outputs": [file.name for file in plan], "seeds": [made["seed"] for made in plan.values()]}
+                lines.write(json.dumps({**edit.fields, **row}, ensure_ascii=False) + "\n")
+        os.replace(unfinished, path)
+        print(f"{len(pictures)} pictures of {len(args.edits)} edits: {path}")
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_args())
