@@ -40,8 +40,10 @@ quality: $(INSTALLED) ## Check format, lint and the types of the public API.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## Time one edit of the embedded model; results go to benchmarks/results.
-	$(BIN)/python benchmarks/bench_edit.py
+bench: $(INSTALLED) ## Time this package against stock diffusers parts, and write the tables of README.md.
+	$(BIN)/python benchmarks/bench.py call step growth --preset cpu
+	$(BIN)/python benchmarks/bench.py edit approximate --preset embedded
+	$(BIN)/python benchmarks/report.py
 
 # Made aside; its stages, in .tiny_work, are kept, so that a stopped run goes on where it was.
 tiny: $(INSTALLED) ## Make the embedded model anew from nothing.

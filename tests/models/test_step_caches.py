@@ -16,6 +16,7 @@ from diffusers import (
     TaylorSeerCacheConfig,
     TextKVCacheConfig,
 )
+from PIL import Image
 
 from diffusers_dim import TINY_SHAPES, DIMEditPipeline, DIMPipeline, DIMTransformer2DModel
 from diffusers_dim.tiny import sample_edits
@@ -28,15 +29,15 @@ MAG_RATIOS = [1.0, 1.03, 0.97, 0.96, 0.95, 0.94, 0.92, 0.88, 0.82, 0.67]
 
 
 def taylor(**changes) -> TaylorSeerCacheConfig:
-    return TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=torch.float32, **changes)
+    return TaylorSeerCacheConfig(cache_interval=2, taylor_factors_dtype=torch.float32, **changes)
 
 
 def broadcast(pipe: DIMPipeline) -> PyramidAttentionBroadcastConfig:
     return PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         cross_attention_block_skip_range=3,
-        spatial_attention_timestep_skip_range=(100, 950),
-        cross_attention_timestep_skip_range=(100, 950),
+        spatial_attention_timestep_skip_range=(100, 850),
+        cross_attention_timestep_skip_range=(100, 850),
         current_timestep_callback=lambda: pipe.current_timestep,
     )
 
@@ -44,8 +45,8 @@ def broadcast(pipe: DIMPipeline) -> PyramidAttentionBroadcastConfig:
 def faster(pipe: DIMPipeline) -> FasterCacheConfig:
     return FasterCacheConfig(
         tensor_format="BCHW",
-        spatial_attention_timestep_skip_range=(-1, 900),
-        unconditional_batch_timestep_skip_range=(-1, 900),
+        spatial_attention_timestep_skip_range=(-1, 850),
+        unconditional_batch_timestep_skip_range=(-1, 850),
         unconditional_batch_skip_range=3,
         attention_weight_callback=lambda _: 0.3,
         current_timestep_callback=lambda: pipe.current_timestep,
@@ -53,20 +54,20 @@ def faster(pipe: DIMPipeline) -> FasterCacheConfig:
 
 
 ALL = {"self-attention", "cross-attention", "convolution"}
-# How each cache is made, which rows it saves, and how far from the exact latents it may lead, relative. The farthest
-# that was seen over both pipelines and all inputs below was half of that, at least.
+# How each cache is made, which rows it saves, and how far from the exact latents it may lead, relative, in an edit and
+# in painting from text, of which the embedded model has learned less. No distance seen was over 0.75 of these.
 CACHES = {
-    "first block": (lambda pipe: FirstBlockCacheConfig(threshold=0.2), ALL, 0.05),
-    "mag": (lambda pipe: MagCacheConfig(num_inference_steps=STEPS, mag_ratios=MAG_RATIOS), ALL, 0.2),
-    "taylor": (lambda pipe: taylor(), ALL, 0.5),
+    "first block": (lambda pipe: FirstBlockCacheConfig(threshold=0.2), ALL, (0.03, 0.4)),
+    "mag": (lambda pipe: MagCacheConfig(num_inference_steps=STEPS, mag_ratios=MAG_RATIOS), ALL, (0.03, 0.2)),
+    "taylor": (lambda pipe: taylor(), ALL, (0.15, 0.6)),
     "taylor of named modules": (
         lambda pipe: taylor(cache_identifiers=[r"transformer_blocks\.\d+\.attn1"]),
         {"self-attention"},
-        0.2,
+        (0.1, 0.4),
     ),
-    "taylor lite": (lambda pipe: taylor(use_lite_mode=True), ALL, 0.7),
-    "pyramid attention broadcast": (broadcast, {"self-attention", "cross-attention"}, 0.2),
-    "faster": (faster, ALL, 0.05),
+    "taylor lite": (lambda pipe: taylor(use_lite_mode=True), ALL, (0.2, 0.8)),
+    "pyramid attention broadcast": (broadcast, {"self-attention", "cross-attention"}, (0.15, 0.7)),
+    "faster": (faster, ALL, (0.03, 0.5)),
 }
 
 
@@ -78,12 +79,17 @@ def edit_model() -> DIMEditPipeline:
 
 
 @pytest.fixture(scope="module")
+@torch.no_grad()
 def t2i_model(edit_model) -> DIMPipeline:
-    """The embedded model without its view of the source's latents, which paints no real picture, but one of a kind."""
+    """The embedded model as one that paints from text: a blank picture's latents, alike everywhere, made its bias."""
+    blank = Image.new("RGB", (64, 64), (235, 235, 235))
+    blank_latents = edit_model.prepare_image_latents([blank], 64, 64, torch.device("cpu")).mean(dim=(0, 2, 3))
     config = {name: value for name, value in edit_model.transformer.config.items() if not name.startswith("_")}
     transformer = DIMTransformer2DModel(**{**config, "in_channels": 16})
     weights = edit_model.transformer.state_dict()
-    weights["patch_embed.proj.weight"] = weights["patch_embed.proj.weight"][:, :16]
+    noisy, source = weights["patch_embed.proj.weight"].chunk(2, dim=1)
+    weights["patch_embed.proj.weight"] = noisy
+    weights["patch_embed.proj.bias"] = weights["patch_embed.proj.bias"] + source[..., 0, 0] @ blank_latents
     transformer.load_state_dict(weights)
     pipe = DIMPipeline(**{**edit_model.components, "transformer": transformer.eval()}, default_guidance_scale=2.5)
     pipe.set_progress_bar_config(disable=True)
@@ -105,10 +111,17 @@ def cache(request) -> str:
     return request.param
 
 
+def prompts(pipe: DIMPipeline) -> list[str]:
+    """Two that suit what the pipeline paints on."""
+    if isinstance(pipe, DIMEditPipeline):
+        return [edit.instruction for edit in EDITS]
+    return ["Place a large red star in the center.", "Change the background to mint."]
+
+
 def paint(pipe: DIMPipeline, **inputs) -> torch.Tensor:
     """Latents of a short call of one prompt, unless told otherwise."""
     defaults = {
-        "prompt": EDITS[0].instruction,
+        "prompt": prompts(pipe)[0],
         "num_inference_steps": STEPS,
         "height": 64,
         "width": 64,
@@ -122,6 +135,10 @@ def paint(pipe: DIMPipeline, **inputs) -> torch.Tensor:
 
 def enable(pipe: DIMPipeline, cache: str) -> None:
     pipe.transformer.enable_cache(CACHES[cache][0](pipe))
+
+
+def tolerance(pipe: DIMPipeline, cache: str) -> float:
+    return CACHES[cache][2][not isinstance(pipe, DIMEditPipeline)]
 
 
 def distance(latents: torch.Tensor, exact: torch.Tensor) -> float:
@@ -149,7 +166,7 @@ def counted(pipe: DIMPipeline):
 INPUTS = {
     "one picture": lambda pipe: {},
     "two prompts, two pictures each": lambda pipe: {
-        "prompt": [edit.instruction for edit in EDITS],
+        "prompt": prompts(pipe),
         "num_images_per_prompt": 2,
         **({"image": [edit.source for edit in EDITS]} if isinstance(pipe, DIMEditPipeline) else {}),
     },
@@ -158,7 +175,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS.keys())
 def test_cache_saves_work_and_stays_near_the_exact_result(pipe, cache, inputs):
-    _, saved, tolerance = CACHES[cache]
+    saved = CACHES[cache][1]
     with counted(pipe) as exact_rows:
         exact = paint(pipe, **inputs(pipe))
     enable(pipe, cache)
@@ -166,7 +183,7 @@ def test_cache_saves_work_and_stays_near_the_exact_result(pipe, cache, inputs):
         latents = paint(pipe, **inputs(pipe))
     assert {name for name in ALL if rows[name] < exact_rows[name]} == saved
     assert all(rows[name] == exact_rows[name] for name in ALL - saved)
-    assert 1e-4 < distance(latents, exact) < tolerance
+    assert 1e-4 < distance(latents, exact) < tolerance(pipe, cache)
 
 
 def test_next_call_begins_anew(pipe, cache):
@@ -203,7 +220,7 @@ def test_cache_goes_with_a_guidance_interval(pipe, cache):
     with counted(pipe) as rows:
         latents = paint(pipe, **inputs)
     assert rows["self-attention"] < 5 * (2 * 5 + 5)  # layers, guided steps and others
-    assert 1e-5 < distance(latents, exact) < CACHES[cache][2]
+    assert 1e-5 < distance(latents, exact) < tolerance(pipe, cache)
     assert torch.equal(paint(pipe, **inputs), latents)
 
 
@@ -240,7 +257,7 @@ def test_calibration_is_exact_and_prints_the_ratios(pipe, capsys):
     with counted(pipe) as rows:
         latents = paint(pipe)
     assert rows["self-attention"] < STEPS * 5 * 2
-    assert 1e-4 < distance(latents, exact) < CACHES["mag"][2]
+    assert 1e-4 < distance(latents, exact) < tolerance(pipe, "mag")
 
 
 def test_cache_goes_with_group_offload(edit_model, cache, tmp_path):

@@ -86,6 +86,15 @@ def test_folders_of_both_hold_the_same_weights_and_configuration(transformer, tm
     assert configs[0] == configs[1]
 
 
+def test_configuration_makes_the_same_model_again(transformer, tmp_path):
+    transformer.save_pretrained(tmp_path)
+    config = DIMTransformer2DModel.from_pretrained(tmp_path).config
+    made = DIMTransformer2DModel.from_config(config)
+    assert {name: item.shape for name, item in made.state_dict().items()} == {
+        name: item.shape for name, item in transformer.state_dict().items()
+    }
+
+
 def test_sharded_transformer_is_loaded(transformer, tmp_path):
     transformer.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -511,7 +511,7 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
         timestep_scale: float = 1.0,
     ) -> None:
         inner_dim = num_attention_heads * attention_head_dim
-        config = dict(self.config)
+        config = {"_use_default_values": [], **self.config}  # all that the parent's registers in place of ours
         super().__init__(
             in_channels=in_channels,
             out_channels=out_channels,

@@ -1,0 +1,380 @@
+"""Writes the README's tables and `docs/speed.png` from the JSONs of `benchmarks/results`.
+
+python benchmarks/report.py
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PLOT = ROOT / "docs" / "speed.png"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+UNMEASURED = "unmeasured"
+# Which JSON holds what: the published width on a CPU, the published model on a GPU, the embedded model.
+CPU, GPU, EMBEDDED = "cpu", "full", "embedded"
+
+KERNELS = {
+    "layer_norm_modulate": "LayerNorm and adaLN modulate",
+    "gate_residual": "gate and residual",
+    "gate_residual_layer_norm_modulate": "both in one",
+    "relu_linear_attention": "ReLU linear attention",
+    "relu_linear_attention_state": "its state",
+    "relu_linear_attention_apply": "its state applied",
+    "gated_depthwise_conv": "gated depthwise convolution",
+}
+MEMORY = {
+    "plain": "all on the GPU",
+    "float8_weights": "weights in 8 bits (layerwise casting)",
+    "model_offload": "`enable_model_cpu_offload`",
+    "group_offload": "`enable_group_offload`, leaf level, streams",
+    "sequential_offload": "`enable_sequential_cpu_offload`",
+    "plain_4096": "4096 px, all on the GPU",
+    "vae_tiling_4096": "4096 px, `vae.enable_tiling`",
+}
+APPROXIMATIONS = {
+    "exact": "none",
+    "first_block_cache_0.05": "`FirstBlockCacheConfig(threshold=0.05)`",
+    "first_block_cache_0.1": "`FirstBlockCacheConfig(threshold=0.1)`",
+    "first_block_cache_0.2": "`FirstBlockCacheConfig(threshold=0.2)`",
+    "taylor_seer_2": "`TaylorSeerCacheConfig(cache_interval=2)`",
+    "taylor_seer_4": "`TaylorSeerCacheConfig(cache_interval=4)`",
+    "mag_cache": "`MagCacheConfig`, calibrated",
+    "pyramid_attention_broadcast": "`PyramidAttentionBroadcastConfig`, every second step",
+    "faster_cache": "`FasterCacheConfig`",
+    "guidance_interval_0_0.5": "`guidance_interval=(0.0, 0.5)`",
+    "guidance_interval_0.1_0.8": "`guidance_interval=(0.1, 0.8)`",
+    "two_thirds_of_the_steps": "two thirds of the steps",
+    "half_of_the_steps": "half of the steps",
+    "a_third_of_the_steps": "a third of the steps",
+}
+GROWTH = {"size": "{} px", "batch": "batch {}", "tokens": "{} condition tokens"}
+GROWTH_VALUES = {
+    "size": [512, 1024, 2048, 4096],
+    "batch": [1, 2, 4, 8, 16],
+    "tokens": [256, 1024, 1791, 4096, 8192],
+}
+
+
+class Results:
+    """The JSONs of a folder; what is not there is empty."""
+
+    def __init__(self, folder: Path):
+        self.files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+    def section(self, file: str, section: str) -> dict[str, Any]:
+        """A section's results, empty if it was not measured."""
+        results = self.files.get(file, {}).get(section, {}).get("results", {})
+        return {} if "unmeasured" in results else results
+
+    def setting(self, file: str, section: str) -> str:
+        """What a section was measured on, in words."""
+        entry = self.files.get(file, {}).get(section)
+        if entry is None or "unmeasured" in entry["results"]:
+            return UNMEASURED
+        return f"{entry['device']}, CPU threads {entry['threads']}, {entry['dtype']}"
+
+
+def get(results: Any, *keys: str) -> Any:
+    """The value at the end of `keys`, or `None` if it was not measured."""
+    for key in keys:
+        results = results.get(key) if isinstance(results, dict) else None
+    return results
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return UNMEASURED
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
+
+
+def number(value: float | None, form: str = "{:.2f}") -> str:
+    return UNMEASURED if value is None else form.format(value)
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table, the first column to the left and the others to the right; one row if nothing is measured."""
+    rows = list(rows)
+    if all(cell == UNMEASURED for row in rows for cell in row[1:]):
+        rows = [["all"] + [UNMEASURED] * (len(head) - 1)]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def fastest(cell: dict[str, Any], prefix: str) -> float | None:
+    """The median of the fastest variant whose name begins so."""
+    times = [
+        get(timing, "median_seconds") for name, timing in cell.get("variants", {}).items() if name.startswith(prefix)
+    ]
+    return min((time for time in times if time is not None), default=None)
+
+
+def speed_table(results: Results) -> str:
+    works = [
+        (CPU, "call", ("text_to_image",), "text-to-image"),
+        (CPU, "call", ("edit",), "edit"),
+        (CPU, "step", ("first",), "first step"),
+        (CPU, "step", ("later",), "later step"),
+        (EMBEDDED, "edit", (), "embedded model: whole edit"),
+        (GPU, "call", ("text_to_image",), "text-to-image"),
+        (GPU, "call", ("edit",), "edit"),
+        (GPU, "step", ("first",), "first step"),
+        (GPU, "step", ("later",), "later step"),
+        (GPU, "edit", (), "whole edit, from image and blueprint to picture"),
+        (GPU, "vlm", ("all",), "vision-language model and connector"),
+        (GPU, "vae", ("vae_encode",), "VAE, encoding"),
+        (GPU, "vae", ("vae_decode",), "VAE, decoding"),
+    ]
+    places = {CPU: "CPU", GPU: "GPU", EMBEDDED: "CPU"}
+    rows = []
+    for file, section, keys, what in works:
+        cell = get(results.section(file, section), *keys) or {}
+        variants = cell.get("variants", {})
+        # The VAE is the same on both sides; its variants are layouts.
+        ours = fastest(cell, "") if section == "vae" else get(variants, "ours", "median_seconds")
+        stock, floor = get(variants, "stock", "median_seconds"), get(cell, "floor", "seconds")
+        compiled = None if section in ("vae", "vlm") else fastest(cell, "ours_")
+        best = min(time for time in (ours, compiled) if time is not None) if ours else None
+        rows.append(
+            [
+                f"{places[file]}: {what}",
+                "the same part" if section in ("vae", "vlm") else seconds(stock),
+                seconds(ours),
+                "" if section in ("vae", "vlm") else number(stock / ours if stock and ours else None),
+                "" if section in ("vae", "vlm") else seconds(compiled),
+                seconds(floor),
+                number(best / floor if best and floor else None),
+            ]
+        )
+    head = ["", "stock", "ours", "times faster", "ours, compiled or fused", "floor", "times the floor"]
+    return table(head, rows)
+
+
+def kernel_table(results: Results) -> str:
+    cells = results.section(GPU, "kernels")
+    rows = []
+    for name, words in KERNELS.items():
+        row = [words]
+        for direction in ("forward", "forward_and_backward"):
+            variants = get(cells, name, direction, "variants") or {}
+            for variant in ("definition", "definition_compiled", "ours"):
+                row.append(seconds(get(variants, variant, "median_seconds")))
+        rows.append([*row, number(get(cells, name, "forward", "variants", "ours", "times_the_floor"))])
+    ways = ["plain", "plain, compiled", "kernel"]
+    head = ["operation", *ways, *(f"{way}, with backward" for way in ways), "kernel, times the floor"]
+    return table(head, rows)
+
+
+def memory_table(results: Results) -> str:
+    cells = results.section(GPU, "memory")
+    rows = []
+    for name, words in MEMORY.items():
+        peak, time = get(cells, name, "peak_bytes"), get(cells, name, "median_seconds")
+        rows.append([words, number(peak and peak / 1e9, "{:.2f} GB"), seconds(time)])
+    return table(["one edit", "peak memory", "time"], rows)
+
+
+def growth_table(results: Results) -> str:
+    sections = {file: results.section(file, "growth") for file in (CPU, GPU)}
+    rows = []
+    for axis, form in GROWTH.items():
+        for value in GROWTH_VALUES[axis]:
+            row = [form.format(value)]
+            for growth in sections.values():
+                variants = get(growth, axis, "cells", str(value), "variants") or {}
+                row += [seconds(get(variants, name, "median_seconds")) for name in ("ours", "stock")]
+            rows.append(row)
+        unit = {"size": "pixels", "batch": "pictures", "tokens": "tokens"}[axis]
+        exponents = [
+            get(growth, axis, "exponents", name) for growth in sections.values() for name in ("ours", "stock")
+        ]
+        rows.append([f"**exponent, of {unit}**", *(f"**{number(value)}**" for value in exponents)])
+    return table(["one step", "CPU, ours", "CPU, stock", "GPU, ours", "GPU, stock"], rows)
+
+
+def approximation_table(results: Results) -> str:
+    cells, full = (get(results.section(file, "approximate"), "variants") or {} for file in (EMBEDDED, GPU))
+    rows = []
+    for name, words in APPROXIMATIONS.items():
+        cell = cells.get(name, {})
+        equal = name == "exact" and bool(cell)
+        rows.append(
+            [
+                words,
+                number(get(cell, "share_of_exact_flops"), "{:.0%}"),
+                number(get(cell, "times_faster_than_exact")),
+                number(get(full, name, "times_faster_than_exact")),
+                "equal" if equal else number(get(cell, "mean_psnr"), "{:.1f} dB"),
+                number(get(cell, "largest_difference"), "{:.0f}"),
+                number(get(cell, "success"), "{:.0%}"),
+            ]
+        )
+    head = ["approximation", "arithmetic left", "times faster, CPU", "times faster, GPU"]
+    return table([*head, "PSNR to exact", "largest difference of 255", "edits that succeed"], rows)
+
+
+def sizes(results: Results, file: str, section: str, form: str) -> str:
+    """A phrase on the settings of a section, empty if it was not measured."""
+    entry = results.files.get(file, {}).get(section)
+    return "" if entry is None or "unmeasured" in entry["results"] else form.format(**entry)
+
+
+def make_report(folder: Path = RESULTS) -> str:
+    """The README's tables, in Markdown, of the JSONs in a folder."""
+    results = Results(folder)
+    call = "; {layers} layers, {size} px, {tokens} condition tokens, {steps} steps, guidance {guidance_scale}"
+    grown = {place: get(results.section(file, "growth"), "layers") for file, place in ((CPU, "CPU"), (GPU, "GPU"))}
+    layers = ", ".join(f"{place}: {count} layers" for place, count in grown.items() if count) or UNMEASURED
+    work = get(results.section(EMBEDDED, "approximate"), "work")
+    steps = get(results.section(EMBEDDED, "approximate"), "num_inference_steps")
+    parts = [
+        f"CPU: {results.setting(CPU, 'call')}{sizes(results, CPU, 'call', call)}. "
+        f"GPU: {results.setting(GPU, 'call')}{sizes(results, GPU, 'call', call)}.",
+        speed_table(results),
+        f"A step of one picture without guidance, over sizes, batches and condition lengths ({layers}). Time grows as "
+        "the amount to the power of the exponent.",
+        growth_table(results),
+        f"Approximations, on {work or 'held-out edits of the embedded model: ' + UNMEASURED}"
+        f"{f' at {steps} steps' if steps else ''}.",
+        approximation_table(results),
+        f"Kernels against their definitions ({results.setting(GPU, 'kernels')}).",
+        kernel_table(results),
+        f"Peak GPU memory ({results.setting(GPU, 'memory')}).",
+        memory_table(results),
+    ]
+    if results.files:
+        parts.insert(
+            2, "![Time of stock parts, of this package and of the floor; growth; approximations](docs/speed.png)"
+        )
+    return "\n\n".join(parts)
+
+
+def update_readme(path: Path, report: str) -> None:
+    """
+    Puts the report between the README's markers.
+
+    Raises:
+        ValueError: If the markers are not there.
+    """
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{path} has to hold the lines {BEGIN} and {END} once each.")
+    head, rest = text.split(BEGIN)
+    path.write_text(f"{head}{BEGIN}\n{report}\n{END}{rest.split(END)[1]}")
+
+
+def draw(folder: Path, path: Path) -> None:
+    """Bars of calls, lines of growth and a cloud of approximations, as far as they were measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    results = Results(folder)
+    colours = {"stock": "#9aa0a6", "ours": "#1a73e8", "floor": "#34a853"}
+    figure, (bars, lines, cloud) = plt.subplots(1, 3, figsize=(15, 4.6))
+
+    # 1. Calls
+    works = [
+        (f"{place}\n{words}", cell)
+        for file, place in ((CPU, "CPU"), (GPU, "GPU"))
+        for kind, words in (("text_to_image", "text-to-image"), ("edit", "edit"))
+        if (cell := get(results.section(file, "call"), kind))
+    ]
+    for place, (_, cell) in enumerate(works):
+        values = {name: get(cell, "variants", name, "median_seconds") for name in ("stock", "ours")}
+        values["floor"] = get(cell, "floor", "seconds")
+        for offset, (name, value) in enumerate(values.items()):
+            if value is not None and values["stock"]:
+                share = value / values["stock"]
+                label = None if place else name
+                bar = bars.bar(place + 0.27 * (offset - 1), share, 0.25, color=colours[name], label=label)
+                bars.bar_label(bar, [seconds(value)], fontsize=7)
+    bars.set_xticks(range(len(works)), [words for words, _ in works])
+    bars.set(ylabel="time, stock = 1", ylim=(0, 1.3), title="One call, from condition to latents")
+    if works:
+        bars.legend(frameon=False, ncols=3, loc="upper center")
+
+    # 2. Growth
+    growth = results.section(GPU, "growth") or results.section(CPU, "growth")
+    for axis, marker in (("size", "o"), ("batch", "s"), ("tokens", "^")):
+        base = get(growth, "base", axis)
+        for name, style in (("stock", "--"), ("ours", "-")):
+            points = sorted(
+                ((float(value) / base) ** (2 if axis == "size" else 1), time)
+                for value, cell in (get(growth, axis, "cells") or {}).items()
+                if (time := get(cell, "variants", name, "median_seconds"))
+            )
+            power = get(growth, axis, "exponents", name)
+            if points:
+                label = f"{'pixels' if axis == 'size' else axis}, {name}" + (f" (power {power:.2f})" if power else "")
+                lines.plot(*zip(*points), style, marker=marker, color=colours[name], alpha=0.85, label=label)
+    lines.set(
+        yscale="log",
+        xlabel="times the preset's amount",
+        ylabel="seconds a step",
+        title="How a step grows",
+    )
+    lines.set_xscale("log", base=2)
+    lines.xaxis.set_major_formatter("{x:g}")
+    if growth:
+        lines.legend(frameon=False, fontsize=8)
+
+    # 3. Approximations
+    variants = get(results.section(EMBEDDED, "approximate"), "variants") or {}
+    short = {
+        "first": "first block",
+        "taylor": "TaylorSeer",
+        "mag": "MagCache",
+        "pyramid": "PAB",
+        "faster": "FasterCache",
+    }
+    groups = {
+        **short,
+        "guidance": "guidance interval",
+        "two": "fewer steps",
+        "half": "fewer steps",
+        "a": "fewer steps",
+    }
+    palette = dict(zip(dict.fromkeys(groups.values()), plt.get_cmap("tab10").colors))
+    seen = set()
+    for name, cell in variants.items():
+        group = groups.get(name.split("_")[0])
+        if group and get(cell, "mean_psnr") and get(cell, "times_faster_than_exact"):
+            label = None if group in seen else group
+            seen.add(group)
+            cloud.scatter(cell["times_faster_than_exact"], cell["mean_psnr"], color=palette[group], s=60, label=label)
+    cloud.set(
+        xlabel="times faster than exact", ylabel="mean PSNR to exact, dB", title="Approximations, embedded model"
+    )
+    if seen:
+        cloud.legend(frameon=False, fontsize=8)
+
+    for axes in (bars, lines, cloud):
+        axes.spines[["top", "right"]].set_visible(False)
+        if not axes.has_data():
+            axes.text(0.5, 0.5, UNMEASURED, ha="center", transform=axes.transAxes)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the JSONs.")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="Whose tables are written anew.")
+    parser.add_argument("--plot", type=Path, default=PLOT)
+    args = parser.parse_args()
+    update_readme(args.readme, make_report(args.results))
+    if any(args.results.glob("*.json")):
+        draw(args.results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
