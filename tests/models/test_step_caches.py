@@ -212,9 +212,9 @@ def test_exact_result_is_back_without_the_cache(pipe, cache):
     assert torch.equal(paint(pipe), exact)
 
 
-@pytest.mark.parametrize("cache", [name for name in CACHES if name != "faster"])
+@pytest.mark.parametrize("cache", [name for name in CACHES if name not in ("faster", "mag")])
 def test_cache_goes_with_a_guidance_interval(pipe, cache):
-    inputs = {"guidance_interval": (0.1, 0.6)}
+    inputs = {"guidance_interval": (0.2, 0.7)}
     exact = paint(pipe, **inputs)
     enable(pipe, cache)
     with counted(pipe) as rows:
@@ -224,13 +224,41 @@ def test_cache_goes_with_a_guidance_interval(pipe, cache):
     assert torch.equal(paint(pipe, **inputs), latents)
 
 
-@pytest.mark.parametrize("inputs", [{"guidance_scale": 1.0}, {"guidance_interval": (0.0, 0.5)}])
-def test_faster_cache_without_guidance_is_refused(pipe, inputs):
-    enable(pipe, "faster")
-    with pytest.raises(
-        ValueError, match="FasterCache .* needs a `guidance_scale` above 1.0 and a `guidance_interval`"
-    ):
+@pytest.mark.parametrize(
+    ("cache", "inputs", "message"),
+    [
+        (
+            "faster",
+            {"guidance_scale": 1.0},
+            "FasterCacheConfig is on.*: `guidance_scale` has to be above 1.0, but is 1.0",
+        ),
+        (
+            "faster",
+            {"guidance_interval": (0.0, 0.5)},
+            r"FasterCacheConfig is on.*to be \(0.0, 1.0\), but is \(0.0, 0.5\)",
+        ),
+        (
+            "mag",
+            {"guidance_interval": (0.1, 1.0)},
+            r"MagCacheConfig is on.*has to be \(0.0, 1.0\), but is \(0.1, 1.0\)",
+        ),
+        ("mag", {"num_inference_steps": 12}, "MagCacheConfig is on for 10 steps, but this call has 12"),
+        ("mag", {"num_inference_steps": 8}, "MagCacheConfig is on for 10 steps, but this call has 8"),
+    ],
+)
+def test_call_that_a_cache_cannot_serve_is_refused(pipe, cache, inputs, message):
+    enable(pipe, cache)
+    with pytest.raises(ValueError, match=message):
         paint(pipe, **inputs)
+
+
+@pytest.mark.parametrize("cache", [name for name in CACHES if name != "faster"])
+def test_cache_goes_without_guidance(pipe, cache):
+    exact = paint(pipe, guidance_scale=1.0)
+    enable(pipe, cache)
+    latents = paint(pipe, guidance_scale=1.0)
+    assert not torch.equal(latents, exact)
+    assert torch.equal(paint(pipe, guidance_scale=1.0), latents)
 
 
 @pytest.mark.parametrize("cache", [name for name in CACHES if name != "faster"])

@@ -272,10 +272,13 @@ class DIMAttention(nn.Module, AttentionModuleMixin):
             ValueError: If one of them is not a plain linear layer, but an adapter's or a quantised one.
         """
         for name in ("to_q", "to_k", "to_v"):
-            if type(getattr(self, name)) is not nn.Linear:
+            layer = getattr(self, name)
+            # torchao quantises the weight and leaves the layer's class.
+            if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
                 raise ValueError(
-                    f"Only plain linear layers can be fused, but `{name}` is a {type(getattr(self, name)).__name__}:"
-                    " fuse before an adapter is loaded, or unload it first, and do not fuse quantised layers."
+                    f"Only plain linear layers can be fused, but `{name}` is a {type(layer).__module__}."
+                    f"{type(layer).__name__} with a {type(layer.weight).__name__}: fuse before an adapter is loaded,"
+                    " or unload it first, and do not fuse quantised layers."
                 )
         super().fuse_projections()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderDC, DiffusionPipeline
+from diffusers import AutoencoderDC, DiffusionPipeline, FasterCacheConfig, MagCacheConfig
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
@@ -214,6 +214,21 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             )
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` has to be at least 1, but is {num_images_per_prompt}.")
+        step_cache = getattr(self.transformer, "_cache_config", None)
+        steps = len(timesteps or sigmas or range(num_inference_steps))
+        name = type(step_cache).__name__
+        if isinstance(step_cache, FasterCacheConfig) and guidance_scale <= 1.0:
+            raise ValueError(
+                f"{name} is on, which compares the branches of guidance: `guidance_scale` has to be above 1.0, but is"
+                f" {guidance_scale}."
+            )
+        if isinstance(step_cache, MagCacheConfig) and step_cache.num_inference_steps != steps:
+            raise ValueError(f"{name} is on for {step_cache.num_inference_steps} steps, but this call has {steps}.")
+        if isinstance(step_cache, (FasterCacheConfig, MagCacheConfig)) and tuple(guidance_interval) != (0.0, 1.0):
+            raise ValueError(
+                f"{name} is on, which goes by the step before: `guidance_interval` has to be (0.0, 1.0), but is"
+                f" {guidance_interval}."
+            )
         start, stop = guidance_interval
         if not 0.0 <= start <= stop <= 1.0:
             raise ValueError(
@@ -524,6 +539,7 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         # The first block treats both branches of guidance alike up to its cross-attention. diffusers' step caches need
         # the batch as it comes out, and compiled blocks would be compiled for the first one apart.
         repeats_input = compiled or self.transformer.is_cache_enabled
+        was_guided = None
         branches: dict[bool, tuple] = {}  # what the transformer is given, with and without guidance
         state: tuple = None
         held: tuple = None
@@ -534,6 +550,10 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
                     continue
                 self._current_timestep = t
                 guided = self.do_classifier_free_guidance and first_guided <= i < last_guided
+                if guided is not was_guided:
+                    # A step cache holds rows of both branches or of one, and perhaps those of a call that broke off.
+                    self.transformer._reset_stateful_cache()
+                    was_guided = guided
 
                 # A callback may have changed the embeddings, the weights or a LoRA's scale.
                 if callback_on_step_end is not None:
