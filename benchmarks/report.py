@@ -230,7 +230,10 @@ def make_report(folder: Path = RESULTS) -> str:
     results = Results(folder)
     call = "; {layers} layers, {size} px, {tokens} condition tokens, {steps} steps, guidance {guidance_scale}"
     grown = {place: get(results.section(file, "growth"), "layers") for file, place in ((CPU, "CPU"), (GPU, "GPU"))}
-    layers = ", ".join(f"{place}: {count} layers" for place, count in grown.items() if count) or UNMEASURED
+    layers = (
+        ", ".join(f"{place}: {count} layer{'s' * (count > 1)}" for place, count in grown.items() if count)
+        or UNMEASURED
+    )
     work = get(results.section(EMBEDDED, "approximate"), "work")
     steps = get(results.section(EMBEDDED, "approximate"), "num_inference_steps")
     parts = [

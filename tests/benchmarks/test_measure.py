@@ -5,22 +5,8 @@ from diffusers import SanaTransformer2DModel
 from diffusers_dim import DIMTransformer2DModel
 from diffusers_dim.models.transformer_dim import DIMDenoisingCache
 from measure import Cost, Machine, count_flops, denoising_cost, measure, transformer_cost
+from presets import TRANSFORMER
 from stock import share_weights
-
-
-PUBLISHED = {
-    "in_channels": 64,
-    "out_channels": 32,
-    "num_attention_heads": 70,
-    "attention_head_dim": 32,
-    "num_layers": 20,
-    "num_cross_attention_heads": 20,
-    "cross_attention_head_dim": 112,
-    "cross_attention_dim": 2240,
-    "caption_channels": 2304,
-    "mlp_ratio": 2.5,
-    "patch_size": 1,
-}
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +70,8 @@ def test_counted_bytes_hold_every_matrix_of_weights(transformer):
 
 def test_counted_work_of_the_published_size_at_1024_pixels():
     sizes = {"pictures": 1, "height": 32, "width": 32, "conditions": 1, "tokens": 1791}
-    assert transformer_cost(PUBLISHED, **sizes).flops == pytest.approx(3.9e12, rel=0.02)
-    assert transformer_cost(PUBLISHED, **sizes, condition_is_cached=True).flops == pytest.approx(3.1e12, rel=0.02)
+    assert transformer_cost(TRANSFORMER, **sizes).flops == pytest.approx(3.9e12, rel=0.02)
+    assert transformer_cost(TRANSFORMER, **sizes, condition_is_cached=True).flops == pytest.approx(3.1e12, rel=0.02)
 
 
 def test_the_slower_of_arithmetic_and_memory_is_the_floor():

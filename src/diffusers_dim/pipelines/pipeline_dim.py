@@ -470,6 +470,22 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         negative_prompt_attention_mask = negative_prompt_attention_mask.repeat_interleave(num_images_per_prompt, dim=0)
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
 
+    def prepare_timesteps(
+        self,
+        num_inference_steps: int,
+        device: torch.device,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+    ) -> torch.Tensor:
+        """
+        Sets the scheduler to the start of a call and gives its timesteps, `(steps,)`, on `device`: as many as
+        `num_inference_steps` of its own making, or those of the given `timesteps` or `sigmas`.
+        """
+        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)  # else it looks the first timestep up, and the host waits
+        return schedule
+
     def prepare_latents(
         self,
         batch_size: int,
@@ -811,9 +827,7 @@ class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         device = self._execution_device
 
         # 2. Prepare timesteps
-        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)  # else it looks the first timestep up, and the host waits
+        schedule = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
 
         # 3. Encode the prompt
         conditions = self.encode_prompt(

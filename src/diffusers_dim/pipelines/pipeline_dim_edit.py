@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from PIL import Image
 
 from ..image_processor import ImageInput
@@ -258,9 +257,7 @@ class DIMEditPipeline(DIMPipeline):
         device = self._execution_device
 
         # 2. Prepare timesteps
-        schedule, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(0)  # else it looks the first timestep up, and the host waits
+        schedule = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
 
         # 3. Design the edit
         blueprints: list[str | None] = [None] * batch_size
