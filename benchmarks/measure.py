@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from diffusers_dim.ops import set_kernels
+from diffusers_dim.training.flops import transformer_work
 
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow")
@@ -144,57 +145,24 @@ def transformer_cost(
     bytes_per_number: int = 4,
 ) -> Cost:
     r"""
-    One forward of SANA's transformer (https://huggingface.co/papers/2410.10629, section 2.2), counted from its
-    configuration.
+    One forward of SANA's transformer, counted from its configuration.
 
     Args:
-        config (`dict`): The transformer's.
-        pictures (`int`): Its batch, guidance branches counted.
-        height, width (`int`): Of the latents.
-        conditions (`int`): How many conditions are projected, or were.
-        tokens (`int`): Of each condition.
-        timesteps (`int`, *optional*): How many are embedded in this forward; one a picture by default.
-        guidance_branches (`int`): In how many each picture stands; they differ from the first cross-attention on.
-        condition_is_cached (`bool`): Whether the condition's keys and values are there.
+        config, ..., condition_is_cached: As those of [`transformer_work`].
         bytes_per_number (`int`): 4 for float32, 2 for bfloat16.
     """
-    patch_area = config["patch_size"] ** 2
-    positions = height * width // patch_area
-    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    work = transformer_work(
+        config, pictures, height, width, conditions, tokens, timesteps, guidance_branches, condition_is_cached
+    )
     cross_dim = config["num_cross_attention_heads"] * config["cross_attention_head_dim"]
-    hidden = int(config["mlp_ratio"] * dim)
-    rows, condition_rows = pictures * positions, conditions * tokens
-    shared_rows = rows // guidance_branches
-    timesteps = pictures if timesteps is None else timesteps
-
-    # 1. Products of (rows, inner) and (inner, outer); the depthwise convolution is one with an inner size of 9.
-    products = [(shared_rows, config["in_channels"] * patch_area, dim)]
-    products += [(rows, dim, config["out_channels"] * patch_area)]
-    if timesteps:
-        products += [(timesteps, 256, dim), (timesteps, dim, dim), (timesteps, dim, 6 * dim)]
-    if not condition_is_cached:
-        products += [(condition_rows, config["caption_channels"], dim), (condition_rows, dim, dim)]
-    layer = [(rows, dim, cross_dim), (rows, cross_dim, dim)]
-    layer += [(rows, dim, 2 * hidden), (rows, 9, 2 * hidden), (rows, hidden, dim)]
-    if not condition_is_cached:
-        layer += [(condition_rows, config["cross_attention_dim"], cross_dim)] * 2
-    products += layer * config["num_layers"]
-    self_attention_rows = [shared_rows] + [rows] * (config["num_layers"] - 1)
-    products += [(rows, dim, dim) for rows in self_attention_rows for _ in range(4)]
-    flops = sum(2 * rows * inner * outer for rows, inner, outer in products)
-    weights = sum(inner * outer for _, inner, outer in products)
-
-    # 2. Attention: to the state of linear attention and from it, and of queries to the condition's keys and values.
-    flops += sum(2 * 2 * rows * dim * (config["attention_head_dim"] + 1) for rows in self_attention_rows)
-    flops += config["num_layers"] * 2 * 2 * rows * tokens * cross_dim
-
-    # 3. Traffic
-    numbers = weights + height * width * pictures * config["out_channels"]
+    condition_rows = conditions * tokens
+    numbers = sum(product.inner * product.outer for product in work.all_products)  # weights
+    numbers += height * width * pictures * config["out_channels"]
     numbers += height * width * pictures // guidance_branches * config["in_channels"]
     numbers += config["num_layers"] * 2 * condition_rows * cross_dim  # keys and values, written or read
     if not condition_is_cached:
         numbers += condition_rows * config["caption_channels"]
-    return Cost(flops, numbers * bytes_per_number)
+    return Cost(work.flops, numbers * bytes_per_number)
 
 
 def denoising_cost(config: dict[str, Any], steps: int, **sizes: Any) -> Cost:

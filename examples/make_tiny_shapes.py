@@ -5,11 +5,13 @@ Stages, each skipped where its folder exists already in `--work_dir`:
 1. `text_encoder`, `processor`: a byte-level BPE tokenizer of the picture world's words, and a frozen random
    Qwen2.5-VL whose last hidden states keep tokens, their context and the image apart.
 2. `vae`: an 8x AutoencoderDC with 16 latent channels, trained on pictures of the world.
-3. `edits`: pairs of pictures and their instructions, in the form in which DIM-Edit was released.
-4. `base`: a pipeline of the above with an untrained connector and transformer.
-5. `painter`: that pipeline trained by `train_dim_edit.py`, with its checkpoints and its loss curve. A run that was
-   stopped goes on from its last checkpoint.
-6. `figures.json`: success on held-out edits by kind and guidance scale.
+3. `base`: a pipeline of the above with an untrained connector and transformer.
+4. `edits1`, `conditions1`, `stage1`: pairs of pictures with plain instructions, in the form in which DIM-Edit was
+   released; what the frozen models make of them, by `precompute_conditions.py`; and `base` trained on that by
+   `train_dim_edit.py`, with checkpoints and loss curve. A run that was stopped goes on from its last checkpoint.
+5. `edits2`, `conditions2`, `stage2`: the same from `stage1` on other edits, each told once by its blueprint and once
+   by its plain instruction.
+6. `figures.json`: success on held-out edits by kind and guidance scale, by instructions and by blueprints.
 
 At last the pipeline is written to `--output` in float16.
 """
@@ -37,8 +39,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from diffusers_dim import DIMConnector, DIMEditPipeline, DIMProcessor, DIMTransformer2DModel
 from diffusers_dim.evaluation.shapes import evaluate_shapes
+from diffusers_dim.tiny.dataset import write_edits
 from diffusers_dim.tiny.world import SHAPE_COLORS, sample_edits, sample_scenes
-from diffusers_dim.training import checkpoint_step, latest_checkpoint
 
 
 HELD_OUT_SEED = 1_000_000_007
@@ -354,25 +356,6 @@ def train_autoencoder(work_dir: Path, seed: int, steps: int = 6000, batch_size: 
         vae.save_pretrained(folder)
 
 
-def write_edits(work_dir: Path, seed: int, count: int = 40_000) -> None:
-    """Write training edits with their plain instructions to `work_dir/edits/train.jsonl`."""
-    if (work_dir / "edits").exists():
-        return
-    with finished_folder(work_dir / "edits") as folder, open(folder / "train.jsonl", "w") as lines:
-        (folder / "images").mkdir(exist_ok=True)
-        for index, edit in enumerate(tqdm(sample_edits(count, seed), desc="edits")):
-            row = {
-                "id": f"shapes-{index:06}",
-                "image_path": f"images/{index:06}_source.png",
-                "image_path_target": f"images/{index:06}_target.png",
-                "prompt": edit.instruction,
-                "kind": edit.kind,
-            }
-            edit.source.save(folder / row["image_path"], compress_level=1)
-            edit.target.save(folder / row["image_path_target"], compress_level=1)
-            lines.write(json.dumps(row) + "\n")
-
-
 def build_base(work_dir: Path, seed: int) -> None:
     """Save the pipeline with an untrained painter to `work_dir/base`."""
     if (work_dir / "base").exists():
@@ -407,58 +390,66 @@ def build_base(work_dir: Path, seed: int) -> None:
         pipe.save_pretrained(folder)
 
 
-def train_painter(work_dir: Path, seed: int, passes: list[int], mixed_precision: str) -> None:
-    """
-    Train connector, null condition and transformer by `train_dim_edit.py` in `work_dir/painter`.
-
-    Each pass goes on from the last checkpoint to its number of steps, along a cosine of the learning rate that ends
-    there: a warm restart (https://huggingface.co/papers/1608.03983).
-    """
-    output = work_dir / "painter"
-    held_out = sample_edits(4, HELD_OUT_SEED + 1)
-    for index, edit in enumerate(held_out):
-        edit.source.save(work_dir / f"validation_{index}.png")
+def launch(script: str, options: dict[str, object], mixed_precision: str = "no") -> None:
+    """Run an example by accelerate on all cores; an option without a value is a flag."""
     # Without a number accelerate gives a process one thread.
     threads = str(len(os.sched_getaffinity(0)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    command += ["--num_cpu_threads_per_process", threads]
-    command += ["--mixed_precision", mixed_precision, str(Path(__file__).parent / "train_dim_edit.py")]
-    options = {
-        "pretrained_model_name_or_path": work_dir / "base",
-        "jsonl": work_dir / "edits" / "train.jsonl",
-        "output_dir": output,
-        "resolution": 64,
-        "frozen_dtype": "float32",
-        "seed": seed,
-        "train_batch_size": 64,
-        "learning_rate": 1e-3,
-        "lr_scheduler": "cosine",
-        "lr_warmup_steps": 200,
-        "max_grad_norm": 1.0,
-        "ema_decay": 0.999,
-        "checkpointing_steps": 500,
-        "checkpoints_total_limit": 2,
-        "validation_steps": 1000,
-    }
+    command += ["--num_cpu_threads_per_process", threads, "--mixed_precision", mixed_precision]
+    command += [str(Path(__file__).parent / script)]
     for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    command += ["--cache_latents", "--use_ema"]
-    command += ["--validation_image", *(str(work_dir / f"validation_{i}.png") for i in range(len(held_out)))]
-    command += ["--validation_prompt", *(edit.instruction for edit in held_out)]
-    for steps in passes:
-        latest = latest_checkpoint(output)
-        done = checkpoint_step(latest) if latest is not None else 0
-        finished = (output / "model_index.json").exists()
-        if done > steps or (done == steps and (finished or steps != passes[-1])):
-            continue
-        resume = ["--resume_from_checkpoint", "latest"] if latest is not None else []
-        (output / "model_index.json").unlink(missing_ok=True)
-        subprocess.run([*command, "--max_train_steps", str(steps), *resume], check=True)
+        command += [f"--{name}"] if value is None else [f"--{name}", str(value)]
+    subprocess.run(command, check=True)
+
+
+def train_stage(
+    work_dir: Path, stage: int, start: str, seed: int, edits: int, steps: int, learning_rate: float, precision: str
+) -> None:
+    """
+    Train connector, null condition and transformer of the pipeline `work_dir/{start}` on `edits` fresh edits for
+    `steps` steps of 64, along a cosine of the learning rate, to the pipeline `work_dir/stage{stage}`.
+    """
+    data, conditions, output = (work_dir / f"{name}{stage}" for name in ("edits", "conditions", "stage"))
+    if not data.exists():
+        with finished_folder(data) as aside:
+            write_edits(aside, edits, seed + 1_000_003 * (stage - 1), prompts="both" if stage == 2 else "instruction")
+    model = {"pretrained_model_name_or_path": work_dir / start, "resolution": 64}
+    launch(
+        "precompute_conditions.py",
+        {**model, "jsonl": data / "edits.jsonl", "output_dir": conditions, "batch_size": 64, "group_by_length": None},
+    )
+    if (output / "model_index.json").exists():
+        return
+    launch(
+        "train_dim_edit.py",
+        {
+            **model,
+            "precomputed_conditions": conditions,
+            "group_by_length": None,
+            "output_dir": output,
+            "seed": seed + stage,
+            "train_batch_size": 64,
+            "max_train_steps": steps,
+            "learning_rate": learning_rate,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 200,
+            "max_grad_norm": 1.0,
+            "use_ema": None,
+            "ema_decay": 0.999,
+            "checkpointing_steps": 500,
+            "checkpoints_total_limit": 2,
+            "resume_from_checkpoint": "latest",
+            "validation_shapes": 60,
+            "validation_shapes_prompt": "blueprint" if stage == 2 else "instruction",
+            "validation_steps": 1000,
+        },
+        precision,
+    )
 
 
 def export(work_dir: Path, output: Path) -> None:
     """Write the trained pipeline to `output` in float16, for the wheel's sake; it loads and runs in float32."""
-    pipe = DIMEditPipeline.from_pretrained(work_dir / "painter", dtype=torch.float32)
+    pipe = DIMEditPipeline.from_pretrained(work_dir / "stage2", dtype=torch.float32)
     text_encoder = work_dir / "text_encoder"
     pipe.to(dtype=torch.float16)
     with finished_folder(output) as folder:
@@ -471,7 +462,7 @@ def export(work_dir: Path, output: Path) -> None:
 
 
 def measure(work_dir: Path, model: Path, count: int) -> None:
-    """Edit held-out samples by plain instructions at several guidance scales and keep the success by kind."""
+    """Edit held-out samples, at several guidance scales by plain instructions, and keep the success by kind."""
     if (work_dir / "figures.json").exists():
         return
     pipe = DIMEditPipeline.from_pretrained(model)
@@ -480,8 +471,11 @@ def measure(work_dir: Path, model: Path, count: int) -> None:
     figures = {}
     for guidance_scale in (1.0, 1.5, 2.0, 2.5, 3.0, 4.5):
         report = evaluate_shapes(pipe, samples, guidance_scale=guidance_scale)
-        print(f"guidance {guidance_scale}\n{report}", flush=True)
+        print(f"instructions, guidance {guidance_scale}\n{report}", flush=True)
         figures[str(guidance_scale)] = report.to_dict()
+    report = evaluate_shapes(pipe, samples, blueprints=True)
+    print(f"blueprints\n{report}", flush=True)
+    figures["blueprints"] = report.to_dict()
     (work_dir / "figures.json").write_text(json.dumps(figures, indent=1))
 
 
@@ -490,9 +484,8 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=Path(".tiny_work"))
     parser.add_argument("--output", type=Path, help="Where the pipeline goes; `work_dir/shapes` by default.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--max_train_steps", type=int, nargs="+", default=[4500, 7500], help="Steps at the end of each pass, rising."
-    )
+    parser.add_argument("--stage1_steps", type=int, default=3600)
+    parser.add_argument("--stage2_steps", type=int, default=2400)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--held_out", type=int, default=300, help="Edits to measure success on.")
     args = parser.parse_args()
@@ -502,9 +495,9 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     build_text_encoder(args.work_dir, args.seed)
     train_autoencoder(args.work_dir, args.seed)
-    write_edits(args.work_dir, args.seed)
     build_base(args.work_dir, args.seed)
-    train_painter(args.work_dir, args.seed, args.max_train_steps, args.mixed_precision)
+    train_stage(args.work_dir, 1, "base", args.seed, 40_000, args.stage1_steps, 1e-3, args.mixed_precision)
+    train_stage(args.work_dir, 2, "stage1", args.seed, 10_000, args.stage2_steps, 5e-4, args.mixed_precision)
     export(args.work_dir, output)
     measure(args.work_dir, output, args.held_out)
 

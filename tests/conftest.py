@@ -13,15 +13,21 @@
 # limitations under the License.
 """Fixtures of the golden models: tiny released checkpoints and what the published code computed from them."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers import SanaTransformer2DModel
 from safetensors.torch import load_file
 
+from diffusers_dim import DIMPipeline
 from diffusers_dim.loaders import convert_released_checkpoint
+
+
+SANA_SETTINGS = list(inspect.signature(SanaTransformer2DModel.__init__).parameters)[1:]
 
 
 class Golden(NamedTuple):
@@ -78,3 +84,19 @@ def edit_folder(golden_edit, tmp_path_factory) -> Path:
 def t2i_folder(golden_t2i, tmp_path_factory) -> Path:
     """The golden text-to-image model as a diffusers folder; not to be changed."""
     return convert_golden(golden_t2i, tmp_path_factory.mktemp("converted") / "t2i")
+
+
+@pytest.fixture(scope="session")
+def sana_folder(t2i_folder, tmp_path_factory) -> Path:
+    """The golden text-to-image model's transformer, autoencoder and scheduler as a SanaPipeline's folder."""
+    folder = tmp_path_factory.mktemp("sana") / "sana"
+    pipe = DIMPipeline.from_pretrained(t2i_folder, text_encoder=None, processor=None, connector=None)
+    sana = SanaTransformer2DModel(**{name: pipe.transformer.config[name] for name in SANA_SETTINGS})
+    sana.load_state_dict(pipe.transformer.state_dict())
+    sana.save_pretrained(folder / "transformer")
+    pipe.vae.save_pretrained(folder / "vae")
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    index = {name: ["diffusers", type(getattr(pipe, name)).__name__] for name in ("vae", "scheduler")}
+    index |= {"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

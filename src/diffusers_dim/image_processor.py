@@ -153,6 +153,10 @@ class DIMImageProcessor(PixArtImageProcessor):
         Returns:
             `tuple[int, int]`: Height and width in pixels.
         """
+        return self.get_bin(image.height, image.width, use_resolution_binning)
+
+    def get_bin(self, height: int, width: int, use_resolution_binning: bool = True) -> tuple[int, int]:
+        """The same of a picture of `height` by `width` pixels."""
         bins = {
             512: ASPECT_RATIO_512_BIN,
             1024: ASPECT_RATIO_1024_BIN,
@@ -160,9 +164,9 @@ class DIMImageProcessor(PixArtImageProcessor):
             4096: ASPECT_RATIO_4096_BIN,
         }
         ratios = bins.get(self.base_size, ASPECT_RATIO_1024_BIN)
-        ratio = image.height / image.width
+        ratio = height / width
         if use_resolution_binning and min(map(float, ratios)) <= ratio <= max(map(float, ratios)):
-            height, width = self.classify_height_width_bin(image.height, image.width, ratios)
+            height, width = self.classify_height_width_bin(height, width, ratios)
             scale = 1.0 if self.base_size in bins else self.base_size / 1024
         else:
             height, width = ratio**0.5, ratio**-0.5

@@ -7,6 +7,7 @@ from diffusers_dim.training import (
     drop_condition,
     flow_matching_loss,
     get_sigmas,
+    sample_noise,
     sample_timesteps,
 )
 
@@ -98,3 +99,24 @@ def test_timesteps_are_logit_normal_and_follow_their_generator():
     quartiles = timesteps.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)) / 1000
     torch.testing.assert_close(quartiles, torch.tensor([0.3375, 0.5, 0.6625], dtype=torch.float64), atol=0.01, rtol=0)
     assert torch.equal(timesteps, sample_timesteps(20_000, torch.Generator().manual_seed(0)))
+
+
+def test_noise_of_a_sample_depends_on_its_position_and_the_seed_alone():
+    together = sample_noise([3, 4, 900_000_000_000], (4, 2, 2), seed=5, conditioning_dropout_prob=0.5)
+    for index, position in enumerate((3, 4, 900_000_000_000)):
+        alone = sample_noise([position], (4, 2, 2), seed=5, conditioning_dropout_prob=0.5)
+        for whole, part in zip(together, alone):
+            assert torch.equal(whole[index : index + 1], part)
+    others = sample_noise([3, 4, 900_000_000_000], (4, 2, 2), seed=6)
+    assert not torch.equal(together[0], others[0])
+    assert not torch.equal(together[0][0], together[0][1])
+
+
+def test_noise_is_standard_normal_and_conditions_are_dropped_as_often_as_asked():
+    noise, timesteps, dropped = sample_noise(list(range(4000)), (16,), seed=0, conditioning_dropout_prob=0.1)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert timesteps.shape == dropped.shape == (4000,)
+    assert 0.08 < dropped.float().mean() < 0.12
+    # Logit-normal: half of them below 500, and the middle half between sigmoid(-0.6745) and sigmoid(0.6745).
+    assert 0.47 < (timesteps < 500).float().mean() < 0.53
+    assert 0.47 < ((timesteps > 337) & (timesteps < 662)).float().mean() < 0.53

@@ -1,4 +1,28 @@
-from .edit_dataset import EDIT_FIELDS, EditDataset, EpochSampler
+from .buckets import BatchOrder, find_bucket
+from .edit_dataset import EditDataset, EpochSampler
+from .loader import SkippedSamples, TrainingBatch, TrainingLoader
+from .records import (
+    EDIT_FIELDS,
+    StreamingDataset,
+    TrainingDataset,
+    UnreadableSampleError,
+    load_training_data,
+    read_jsonl,
+)
 
 
-__all__ = ["EDIT_FIELDS", "EditDataset", "EpochSampler"]
+__all__ = [
+    "EDIT_FIELDS",
+    "BatchOrder",
+    "EditDataset",
+    "EpochSampler",
+    "SkippedSamples",
+    "StreamingDataset",
+    "TrainingBatch",
+    "TrainingDataset",
+    "TrainingLoader",
+    "UnreadableSampleError",
+    "find_bucket",
+    "load_training_data",
+    "read_jsonl",
+]

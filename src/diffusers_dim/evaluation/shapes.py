@@ -121,10 +121,11 @@ def evaluate_shapes(
     batch_size: int = 32,
     seed: int = 0,
     keep: list[Image.Image] | None = None,
+    blueprints: bool = False,
     **call_kwargs: Any,
 ) -> ShapesReport:
     r"""
-    Edits the picture world's samples by their plain instructions and reports success by kind.
+    Edits the picture world's samples by their plain instructions, or by their blueprints, and reports success by kind.
 
     Args:
         pipe ([`DIMEditPipeline`]):
@@ -137,8 +138,10 @@ def evaluate_shapes(
             Of the noise: edit i starts from the noise of seed `seed + i`, whatever the batch size.
         keep (`list`, *optional*):
             Receives the edited pictures, in order.
+        blueprints (`bool`, defaults to `False`):
+            Paint from each sample's own blueprint.
         call_kwargs:
-            Passed to the pipeline (`guidance_scale`, `num_inference_steps`, `blueprint`, ...).
+            Passed to the pipeline (`guidance_scale`, `num_inference_steps`, ...).
     """
     report = ShapesReport()
     for start in range(0, len(samples), batch_size):
@@ -150,6 +153,7 @@ def evaluate_shapes(
             height=height,
             width=width,
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))],
+            blueprint=[sample.blueprint for sample in batch] if blueprints else None,
             **call_kwargs,
         ).images
         for sample, image in zip(batch, images):

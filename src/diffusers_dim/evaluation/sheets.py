@@ -31,11 +31,12 @@ class SheetRow:
 
     Args:
         title (`str`): Text above the pictures, such as an edit's instruction; wrapped to the sheet's width.
-        pictures (`Sequence[tuple[str, PIL.Image.Image]]`): Captions and pictures, left to right; at least one.
+        pictures (`Sequence[tuple[str, PIL.Image.Image | str]]`): Captions and pictures, left to right; at least one. A
+            text in a picture's place, such as a blueprint, is written into a frame of a picture's size.
     """
 
     title: str
-    pictures: Sequence[tuple[str, Image.Image]]
+    pictures: Sequence[tuple[str, Image.Image | str]]
 
 
 def draw_sheet(rows: Sequence[SheetRow], heading: str = "", picture_size: int = 256) -> Image.Image:
@@ -112,8 +113,20 @@ def _text(text: str, size: int, color: str, width: int) -> Image.Image:
     return image
 
 
-def _captioned(caption: str, image: Image.Image, side: int) -> Image.Image:
-    picture = ImageOps.expand(fit_picture(image, side), 1, FRAME)
+def _text_panel(text: str, side: int) -> Image.Image:
+    """Text in a square of `side` pixels, as small as it has to be, and cut off where the smallest does not fit."""
+    panel = Image.new("RGB", (side, side), PAPER)
+    for size in (CAPTION_SIZE, 12, 10, 9, 8):
+        written = _text(text, size, INK, side - GAP)
+        if written.height <= side - GAP:
+            break
+    panel.paste(written, (GAP // 2, GAP // 2))
+    return panel
+
+
+def _captioned(caption: str, image: Image.Image | str, side: int) -> Image.Image:
+    picture = _text_panel(image, side) if isinstance(image, str) else fit_picture(image, side)
+    picture = ImageOps.expand(picture, 1, FRAME)
     return _stack([picture, _text(caption, CAPTION_SIZE, FAINT, picture.width)], GAP // 2) if caption else picture
 
 

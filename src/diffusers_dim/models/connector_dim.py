@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
@@ -39,7 +40,7 @@ class DIMConnectorOutput(BaseOutput):
     null_embeds: torch.Tensor | None = None
 
 
-class DIMConnector(ModelMixin, ConfigMixin):
+class DIMConnector(ModelMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     Two linear layers with an exact GELU between them, applied to every token, and a learned null condition for
     classifier-free guidance (Draw-In-Mind, https://huggingface.co/papers/2509.01986, section 3).

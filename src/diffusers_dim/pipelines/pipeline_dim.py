@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderDC, DiffusionPipeline, FasterCacheConfig, MagCacheConfig
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.pipelines.sana.pipeline_sana import retrieve_timesteps
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -29,6 +28,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
 from ..image_processor import MAX_ASPECT_RATIO, DIMImageProcessor
+from ..loaders.lora import DIMLoraLoaderMixin
 from ..models import DIMConnector, DIMProcessor, DIMTransformer2DModel
 from ..models.transformer_dim import DIMDenoisingCache, is_compiled, tensor_version
 from .pipeline_output import DIMPipelineOutput
@@ -45,7 +45,7 @@ def pad_tokens(tokens: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([tokens, tokens.new_zeros(tokens.shape[0], padding, *tokens.shape[2:])], dim=1)
 
 
-class DIMPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
     r"""
     Text-to-image with Draw-In-Mind (https://huggingface.co/papers/2509.01986): a frozen vision-language model reads
     the prompt, a connector turns its hidden states into condition tokens, and SANA paints.

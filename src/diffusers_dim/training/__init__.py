@@ -1,15 +1,93 @@
+from .arguments import (
+    add_data_arguments,
+    add_optimizer_arguments,
+    add_run_arguments,
+    add_validation_arguments,
+    check_arguments,
+)
 from .checkpoints import checkpoint_step, latest_checkpoint, prune_checkpoints, save_checkpoint
-from .objective import DIMTrainingModel, drop_condition, flow_matching_loss, get_sigmas, sample_timesteps
+from .conditions import PrecomputedDataset, collate_encoded, encode_samples, make_placeholder
+from .distributed import ShardedEMAModel, autocast, gather_weights, trained_weights
+from .flops import training_flops
+from .initialization import grow_null_condition, load_sana, to_edit_pipeline, widen_patch_embedding
+from .model_card import push_to_hub, save_model_card
+from .monitor import TrainingMonitor, draw_curves
+from .objective import (
+    DIMTrainingModel,
+    drop_condition,
+    flow_matching_loss,
+    get_sigmas,
+    loss_weights,
+    sample_noise,
+    sample_timesteps,
+)
+from .optimizers import create_optimizer
+from .setup import (
+    FROZEN_COMPONENTS,
+    begin_run,
+    blank_sample,
+    count_train_steps,
+    create_accelerator,
+    create_loader,
+    freeze,
+    open_data,
+    optimizer_settings,
+    publish,
+    read_pipeline_kind,
+    resume,
+    whole_text_encoder,
+)
+from .validation import log_validation, wants_validation
 
 
 __all__ = [
     "DIMTrainingModel",
+    "FROZEN_COMPONENTS",
+    "PrecomputedDataset",
+    "ShardedEMAModel",
+    "TrainingMonitor",
+    "add_data_arguments",
+    "add_optimizer_arguments",
+    "add_run_arguments",
+    "add_validation_arguments",
+    "autocast",
+    "begin_run",
+    "blank_sample",
+    "check_arguments",
     "checkpoint_step",
+    "collate_encoded",
+    "count_train_steps",
+    "create_accelerator",
+    "create_loader",
+    "create_optimizer",
+    "draw_curves",
     "drop_condition",
+    "encode_samples",
     "flow_matching_loss",
+    "freeze",
+    "gather_weights",
     "get_sigmas",
+    "grow_null_condition",
     "latest_checkpoint",
+    "load_sana",
+    "log_validation",
+    "loss_weights",
+    "make_placeholder",
+    "open_data",
+    "optimizer_settings",
     "prune_checkpoints",
+    "publish",
+    "push_to_hub",
+    "read_pipeline_kind",
+    "resume",
+    "sample_noise",
     "sample_timesteps",
     "save_checkpoint",
+    "save_model_card",
+    "to_edit_pipeline",
+    "trained_weights",
+    "training_flops",
+    "wants_validation",
+    "whole_text_encoder",
+    "widen_patch_embedding",
 ]

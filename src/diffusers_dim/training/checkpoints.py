@@ -37,7 +37,9 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     return next(reversed(list_checkpoints(output_dir)), None)
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: str | Path, step: int, checkpoints_total_limit: int | None = None
+) -> Path:
     """
     Saves the accelerator's state (weights, optimizer, schedules, random states) as `checkpoint-{step}`: written aside
     first and then renamed, so that a run killed at any moment leaves no half of one. All processes call it.
@@ -46,6 +48,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int)
         accelerator (`Accelerator`): With everything that is to be resumed prepared or registered.
         output_dir (`str` or `Path`): The run's folder.
         step (`int`): Optimizer steps done.
+        checkpoints_total_limit (`int`, *optional*): Afterwards the oldest are removed until so many are left.
     """
     target = Path(output_dir) / f"checkpoint-{step}"
     aside = Path(output_dir) / f"saving-{step}"
@@ -57,6 +60,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, step: int)
     if accelerator.is_main_process:
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
+        prune_checkpoints(output_dir, checkpoints_total_limit)
     return target
 
 

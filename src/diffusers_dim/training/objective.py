@@ -13,6 +13,9 @@
 # limitations under the License.
 """The flow-matching objective of SANA and DIM (https://huggingface.co/papers/2410.10629, section 3.2)."""
 
+import math
+
+import numpy as np
 import torch
 
 from ..models import DIMConnector, DIMTransformer2DModel
@@ -36,6 +39,38 @@ def sample_timesteps(
     return (num_train_timesteps * torch.sigmoid(u)).long().clamp(max=num_train_timesteps - 1)
 
 
+def sample_noise(
+    positions: list[int],
+    shape: tuple[int, ...],
+    seed: int,
+    conditioning_dropout_prob: float = 0.0,
+    num_train_timesteps: int = 1000,
+) -> tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor]:
+    """
+    All that is random in a training step, each sample's from a generator of its own: it does not depend on how a batch
+    is split over processes and micro-batches, nor on what came before a resumed step.
+
+    Args:
+        positions (`list[int]`): Each sample's number in the run's order.
+        shape (`tuple[int, ...]`): Of one sample's latents.
+        seed (`int`): The run's seed.
+        conditioning_dropout_prob (`float`, defaults to 0.0): How often a condition is to be dropped.
+        num_train_timesteps (`int`, defaults to 1000): Number of timesteps.
+
+    Returns:
+        On the CPU: standard normal noise `(len(positions), *shape)`, timesteps as [`sample_timesteps`] gives them, and
+        which conditions to drop.
+    """
+    noise, timesteps, dropped = [], [], []
+    for position in positions:
+        state = int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)[0])
+        generator = torch.Generator().manual_seed(state >> 1)
+        noise.append(torch.randn(shape, generator=generator))
+        timesteps.append(sample_timesteps(1, generator, num_train_timesteps))
+        dropped.append(torch.rand(1, generator=generator) < conditioning_dropout_prob)
+    return torch.stack(noise), torch.cat(timesteps), torch.cat(dropped)
+
+
 def get_sigmas(timesteps: torch.Tensor, flow_shift: float = 3.0, num_train_timesteps: int = 1000) -> torch.Tensor:
     """
     Shifted noise levels `sigma = shift * s / (1 + (shift - 1) * s)` with `s = t / num_train_timesteps`, in float64,
@@ -51,6 +86,61 @@ def get_sigmas(timesteps: torch.Tensor, flow_shift: float = 3.0, num_train_times
     """
     s = timesteps.to(torch.float64) / num_train_timesteps
     return flow_shift * s / (1 + (flow_shift - 1) * s)
+
+
+def loss_weights(
+    timesteps: torch.Tensor,
+    scheme: str = "none",
+    flow_shift: float = 3.0,
+    snr_gamma: float = 5.0,
+    num_train_timesteps: int = 1000,
+) -> torch.Tensor:
+    r"""
+    What a sample's loss counts at its noise level `sigma`, the shifted one of [`get_sigmas`]:
+
+    - "none": 1, as SANA and DIM train;
+    - "sigma_sqrt": `1 / sigma^2`, and "cosmap": `2 / (pi * (1 - 2 * sigma + 2 * sigma^2))`, as in Stable Diffusion 3
+      (https://huggingface.co/papers/2403.03206, section 3.1; diffusers' `compute_loss_weighting_for_sd3`);
+    - "min_snr": `min((1 - sigma)^2, snr_gamma * sigma^2)`. Min-SNR (https://huggingface.co/papers/2303.09556, section
+      3.4) counts the error of a predicted picture `min(SNR, snr_gamma)`. Here `x_t = (1 - sigma) * x_0 + sigma *
+      noise`, so `SNR = ((1 - sigma) / sigma)^2`; and of a predicted flow `v = noise - x_0` follows the picture `x_0 =
+      x_t - sigma * v`, whose squared error is `sigma^2` times the flow's. Their product is the weight. It is at most
+      `snr_gamma / (1 + sqrt(snr_gamma))^2`, about 0.48, at `sigma = 1 / (1 + sqrt(snr_gamma))`, so a learning rate
+      that was found without it may be low.
+
+    Args:
+        timesteps (`torch.LongTensor` of shape `(batch_size,)`):
+            As [`sample_timesteps`] gives them; 0 counts as 1, where "sigma_sqrt" would be infinite.
+        scheme (`str`, defaults to `"none"`):
+            One of the above.
+        flow_shift (`float`, defaults to 3.0):
+            The scheduler's `flow_shift`.
+        snr_gamma (`float`, defaults to 5.0):
+            The signal-to-noise ratio above which "min_snr" counts no higher.
+        num_train_timesteps (`int`, defaults to 1000):
+            Number of timesteps.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`, float32.
+
+    Raises:
+        ValueError: If `scheme` is unknown or `snr_gamma` not positive.
+    """
+    if not snr_gamma > 0:
+        raise ValueError(f"`snr_gamma` has to be above 0, but is {snr_gamma}.")
+    sigmas = get_sigmas(timesteps.clamp(min=1), flow_shift, num_train_timesteps)
+    if scheme == "none":
+        weights = torch.ones_like(sigmas)
+    elif scheme == "sigma_sqrt":
+        weights = sigmas**-2
+    elif scheme == "cosmap":
+        weights = 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+    elif scheme == "min_snr":
+        weights = torch.minimum((1 - sigmas) ** 2, snr_gamma * sigmas**2)
+    else:
+        schemes = ["none", "sigma_sqrt", "cosmap", "min_snr"]
+        raise ValueError(f"The loss weighting has to be one of {schemes}, but is {scheme!r}.")
+    return weights.float()
 
 
 def flow_matching_loss(
