@@ -416,7 +416,7 @@ def train_stage(
     model = {"pretrained_model_name_or_path": work_dir / start, "resolution": 64}
     launch(
         "precompute_conditions.py",
-        {**model, "jsonl": data / "edits.jsonl", "output_dir": conditions, "batch_size": 64, "group_by_length": None},
+        {**model, "kind": "edit", "jsonl": data / "edits.jsonl", "output_dir": conditions, "batch_size": 64},
     )
     if (output / "model_index.json").exists():
         return

@@ -19,7 +19,8 @@ Runs the frozen models once over the data: vision-language hidden states and lat
 
 `--precomputed_conditions conditions/edits` then stands in for the data of a training script, which loads neither the
 vision-language model nor the VAE, and whose losses are those of the data themselves. A run that was stopped goes on
-when it is started again, with as many processes as one likes. At 1024 px and in bf16 an edit takes about 8 MB.
+when it is started again, with as many processes as one likes; those of several machines need a disk they share. At
+1024 px and in bf16 an edit takes about 8 MB.
 """
 
 import argparse

@@ -167,8 +167,9 @@ def main(args: argparse.Namespace) -> None:
         items = batch.samples
         if not precomputed:
             # A text encoder in parts is called by all processes or none.
-            items = items or [blank_sample(pipe)] * args.shard_text_encoder
-            items = encode_samples(pipe, items, batch.height, batch.width, max_sequence_length)[: len(batch.samples)]
+            samples = batch.samples or [blank_sample(pipe)] * args.shard_text_encoder
+            items = encode_samples(pipe, samples, batch.height, batch.width, max_sequence_length)
+            items = items[: len(batch.samples)]
         placeholder = make_placeholder(
             pipe.connector.config, pipe.transformer.config, batch.height, batch.width, pipe.vae_scale_factor
         )

@@ -40,12 +40,15 @@ from diffusers_dim import DIMConnector, DIMEditPipeline, DIMTransformer2DModel
 from diffusers_dim.training import (
     FROZEN_COMPONENTS,
     DIMTrainingModel,
+    ShardedEMAModel,
     TrainingMonitor,
     add_data_arguments,
     add_optimizer_arguments,
     add_run_arguments,
     add_validation_arguments,
+    autocast,
     begin_run,
+    blank_sample,
     check_arguments,
     collate_encoded,
     count_train_steps,
@@ -67,8 +70,9 @@ from diffusers_dim.training import (
     trained_weights,
     training_flops,
     wants_validation,
+    whole_text_encoder,
 )
-from diffusers_dim.training.distributed import ShardedEMAModel, autocast
+from diffusers_dim.training.distributed import MIXED_DTYPES
 
 
 CONNECTOR_LAYERS = ["linear_1", "linear_2"]
@@ -239,8 +243,7 @@ def main(args: argparse.Namespace) -> None:
         loader.dataset.check(pipe, args)
     else:
         freeze(pipe, args, accelerator)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    adapted = add_adapters(args, pipe, layers, dtype)
+    adapted = add_adapters(args, pipe, layers, MIXED_DTYPES.get(accelerator.mixed_precision, torch.float32))
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if args.compile:
@@ -279,7 +282,10 @@ def main(args: argparse.Namespace) -> None:
         batch = next(batches)
         items = batch.samples
         if not precomputed:
-            items = encode_samples(pipe, items, batch.height, batch.width, max_sequence_length)
+            # A text encoder in parts is called by all processes or none.
+            samples = batch.samples or [blank_sample(pipe)] * args.shard_text_encoder
+            items = encode_samples(pipe, samples, batch.height, batch.width, max_sequence_length)
+            items = items[: len(batch.samples)]
         placeholder = make_placeholder(
             pipe.connector.config, pipe.transformer.config, batch.height, batch.width, pipe.vae_scale_factor
         )
@@ -320,7 +326,7 @@ def main(args: argparse.Namespace) -> None:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
         if wants_validation(args) and (step % args.validation_steps == 0 or last):
             model.eval()  # without LoRA dropout
-            with trained_weights(accelerator, model, ema) as (connector, transformer):
+            with trained_weights(accelerator, model, ema) as (connector, transformer), whole_text_encoder(pipe):
                 if accelerator.is_main_process:
                     trained = complete_pipeline(args, pipe, connector, transformer)
                     log_validation(trained.to(accelerator.device), args, accelerator, step)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from ..image_processor import DIMImageProcessor
 
@@ -194,7 +194,7 @@ class TrainingDataset(Dataset):
         return self.reader.size(self.rows[index], index)
 
 
-class StreamingDataset(IterableDataset):
+class StreamingDataset:
     r"""
     Samples in the order in which a `datasets.IterableDataset` gives its rows.
 

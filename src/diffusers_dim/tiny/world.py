@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw
 
 
 EDIT_KINDS = ("recolor", "remove", "add", "replace", "move", "background")
+# Drawn only when asked for: the embedded model was never taught it, so that a LoRA can be.
+UNSEEN_EDIT_KINDS = ("resize",)
 SHAPE_KINDS = ("circle", "square", "triangle", "star")
 SHAPE_COLORS = {
     "red": (220, 30, 40),
@@ -115,6 +117,18 @@ TEMPLATES = {
         "turn the background into {ground}",
         "change the background color to {ground}",
         "put {ground} behind the shapes",
+    ),
+    "resize": (
+        "resize the {old} to {size}",
+        "make the {old} {size}",
+        "make the {old} {sizer}",
+        "{verb} the {old}",
+        "change the {old} to {size}",
+        "change the size of the {old} to {size}",
+        "switch the size of the {old} to {size}",
+        "give the {old} a new size: {size}",
+        "turn the {old} into a {size} one",
+        "replace the {old} with a {size} one",
     ),
 }
 # The plain imperative three times: half of all instructions.
@@ -335,6 +349,15 @@ def _background(scene: Scene, rng: random.Random) -> Edit:
     return replace(scene, ground=ground), words, area
 
 
+def _resize(scene: Scene, rng: random.Random) -> Edit:
+    old = rng.choice(scene.shapes)
+    new = replace(old, size="small" if old.size == "large" else "large")
+    sizer, verb = ("smaller", "shrink") if new.size == "small" else ("bigger", "enlarge")
+    words = {"old": _mention(old, rng), "size": new.size, "sizer": sizer, "verb": verb}
+    area = f"The {old.name} {old.where} becomes {new.size}; its shape, color and place stay."
+    return _swap(scene, old, new), words, area
+
+
 _EDITS: dict[str, Callable[[Scene, random.Random], Edit]] = {
     "recolor": _recolor,
     "remove": _remove,
@@ -342,6 +365,7 @@ _EDITS: dict[str, Callable[[Scene, random.Random], Edit]] = {
     "replace": _replace,
     "move": _move,
     "background": _background,
+    "resize": _resize,
 }
 
 
@@ -372,7 +396,7 @@ def sample_edits(count: int, seed: int, size: int = 64, kinds: Sequence[str] | N
         count: How many, at least 1; the kinds take turns, then the order is shuffled.
         seed: The same seed gives the same samples on every platform.
         size: Side of the pictures in pixels, a multiple of 8 and at least 32.
-        kinds: The edit kinds to draw from, some of `EDIT_KINDS`; all of them by default.
+        kinds: The edit kinds to draw from, some of `EDIT_KINDS` and `UNSEEN_EDIT_KINDS`; all of the former by default.
 
     Returns:
         `count` samples. What an edit does not name is the same, pixel for pixel, in source and target; a shape that is
@@ -383,9 +407,8 @@ def sample_edits(count: int, seed: int, size: int = 64, kinds: Sequence[str] | N
     """
     _check(count, size)
     kinds = EDIT_KINDS if kinds is None else tuple(kinds)
-    unknown = [kind for kind in kinds if kind not in EDIT_KINDS]
-    if unknown or not kinds:
-        raise ValueError(f"`kinds` is {list(kinds)}, but must name one or more of {', '.join(EDIT_KINDS)}.")
+    if not kinds or not set(kinds) <= _EDITS.keys():
+        raise ValueError(f"`kinds` is {list(kinds)}, but must name one or more of {', '.join(_EDITS)}.")
     rng = random.Random(seed)
     order = [kinds[i % len(kinds)] for i in range(count)]
     rng.shuffle(order)

@@ -67,7 +67,7 @@ def distributed_accelerator(
         ValueError: If the processes do not find each other, or FSDP's first version is asked for.
     """
     on_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    launched = "LOCAL_RANK" in os.environ
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         # Told cpu=True, accelerate would drop DeepSpeed.
         handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and launched else []

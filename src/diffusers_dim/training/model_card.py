@@ -175,19 +175,19 @@ def save_model_card(
         **{name.replace("_", " "): value for name, value in (facts or {}).items()},
     }
     versions = {name: _version(name) for name in PACKAGES}
-    pictures = [
-        f"![{caption}]({_inside(Path(path), output_dir)})"
+    pictures = {
+        caption: f"![{caption}]({_inside(Path(path), output_dir)})"
         for caption, path in (("validation", sheet), ("curves", curve))
         if path is not None
-    ]
+    }
     sections = [
         f"# {TITLES[kind]}",
         f"[Draw-In-Mind](https://huggingface.co/papers/2509.01986) as diffusers-dim trains it, from {base_model}.",
-        *pictures[:1],
+        pictures.get("validation", ""),
         f"## How to use\n\n```python\n{USE[kind].format(model=model, base_model=base_model)}\n```",
         f"## Training\n\n{_table(settings)}",
         f"## Results\n\n{_table(results)}" if results else "",
-        *pictures[1:],
+        pictures.get("curves", ""),
         f"## Versions\n\n{_table(versions)}",
         f"## Licences\n\n{LICENCES}",
     ]
