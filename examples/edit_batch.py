@@ -44,6 +44,7 @@ from tqdm.auto import tqdm
 
 from diffusers_dim import DIMEditPipeline
 from diffusers_dim.cli import resolve_dtype, save_image
+from diffusers_dim.data import read_jsonl
 from diffusers_dim.image_processor import MAX_ASPECT_RATIO
 
 
@@ -137,25 +138,13 @@ def read_edits(jsonl: str | Path, image_root: str | Path | None = None) -> list[
     """
     root = Path(image_root) if image_root is not None else Path(jsonl).parent
     rows = []
-    with open(jsonl, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{jsonl}, line {number}"
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error}.") from error
-            missing = [name for name in FIELDS if not isinstance(fields, dict) or name not in fields]
-            if missing:
-                raise ValueError(f"{where} lacks {missing}: a line needs {list(FIELDS)}.")
-            for name in ("image_path", "prompt", "blueprint"):
-                text = fields.get(name)
-                if not (isinstance(text, str) and text.strip()) and not (name == "blueprint" and text is None):
-                    raise ValueError(f"{where}: `{name}` has to be a text that is not empty, but is {text!r}.")
-            rows.append((where, number, fields, root / fields["image_path"]))
-    if not rows:
-        raise ValueError(f"{jsonl} holds no edits.")
+    for number, fields in read_jsonl(jsonl, FIELDS).items():
+        where = f"{jsonl}, line {number}"
+        for name in ("image_path", "prompt", "blueprint"):
+            text = fields.get(name)
+            if not (isinstance(text, str) and text.strip()) and not (name == "blueprint" and text is None):
+                raise ValueError(f"{where}: `{name}` has to be a text that is not empty, but is {text!r}.")
+        rows.append((where, number, fields, root / fields["image_path"]))
     # In threads, since PIL decodes a whole PNG to learn how it lies.
     with ThreadPoolExecutor() as readers:
         sizes = list(readers.map(lambda row: read_size(row[0], row[3]), rows))

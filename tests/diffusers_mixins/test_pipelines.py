@@ -28,6 +28,13 @@ class Config(mixins.BasePipelineTesterConfig):
         return self.inputs()
 
 
+class LoraConfig(Config):
+    denoiser_target_modules = {
+        **mixins.LoraTesterMixin.denoiser_target_modules,
+        "connector": ["linear_1", "linear_2"],
+    }
+
+
 class PipelineTests(Config, mixins.PipelineTesterMixin):
     def test_save_load_optional_components(self, tmp_path):
         # Without the text side embeddings are the only way in.
@@ -56,11 +63,11 @@ class TestEditPipelineLayerwiseCasting(EditInputs, Config, mixins.LayerwiseCasti
     pass
 
 
-class TestEditPipelineLora(EditInputs, Config, mixins.LoraTesterMixin):
+class TestEditPipelineLora(EditInputs, LoraConfig, mixins.LoraTesterMixin):
     pass
 
 
-class TestEditPipelineLoraMemory(EditInputs, Config, mixins.LoraMemoryTesterMixin):
+class TestEditPipelineLoraMemory(EditInputs, LoraConfig, mixins.LoraMemoryTesterMixin):
     pass
 
 
@@ -100,11 +107,11 @@ class TestTextToImagePipelineLayerwiseCasting(TextToImageInputs, Config, mixins.
     pass
 
 
-class TestTextToImagePipelineLora(TextToImageInputs, Config, mixins.LoraTesterMixin):
+class TestTextToImagePipelineLora(TextToImageInputs, LoraConfig, mixins.LoraTesterMixin):
     pass
 
 
-class TestTextToImagePipelineLoraMemory(TextToImageInputs, Config, mixins.LoraMemoryTesterMixin):
+class TestTextToImagePipelineLoraMemory(TextToImageInputs, LoraConfig, mixins.LoraMemoryTesterMixin):
     pass
 
 

@@ -293,7 +293,7 @@ def test_bad_options_are_named(script, edits, tmp_path, capsys, options, message
 def test_file_without_lines_is_refused(script, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(script, write_lines(tmp_path / "none.jsonl", [""]), tmp_path / "out")
-    assert "none.jsonl holds no edits" in capsys.readouterr().err
+    assert "none.jsonl holds no samples" in capsys.readouterr().err
 
 
 def test_offload_without_an_accelerator_is_refused(script, edits, tmp_path):

@@ -192,6 +192,7 @@ def test_two_processes_go_on_where_one_stopped_and_give_its_files(outputs, edit_
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "Samples of 1 process in 2" in result.stderr
+    assert "4/4" in result.stderr  # of the seven that are left
     assert result.stdout.count("1 of 3 shards are already there") == 1
     assert f"10 of {COUNT} samples in 3 shards" in result.stdout
     assert contents(output) == contents(outputs["edit"])
@@ -355,6 +356,12 @@ def test_bad_options_are_named(data, tmp_path, capsys, options, message):
 def test_model_of_another_kind_is_told_before_weights_load(sana_folder, data, tmp_path):
     with pytest.raises(ValueError, match="holds a SanaPipeline, but"):
         run("edit", sana_folder, data["edit"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_resolution_that_is_no_multiple_of_the_vaes_factor_is_told(edit_folder, data, tmp_path):
+    with pytest.raises(ValueError, match="--resolution has to be a multiple of 4, but is 66"):
+        run("edit", edit_folder, data["edit"], tmp_path / "out", "--resolution", 66)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,4 @@
 from .buckets import BatchOrder, find_bucket
-from .edit_dataset import EditDataset, EpochSampler
 from .loader import SkippedSamples, TrainingBatch, TrainingLoader
 from .records import (
     EDIT_FIELDS,
@@ -14,8 +13,6 @@ from .records import (
 __all__ = [
     "EDIT_FIELDS",
     "BatchOrder",
-    "EditDataset",
-    "EpochSampler",
     "SkippedSamples",
     "StreamingDataset",
     "TrainingBatch",

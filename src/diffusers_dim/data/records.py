@@ -68,14 +68,14 @@ class UnreadableSampleError(Exception):
         self.reason = reason
 
 
-def read_jsonl(path: str | Path, fields: Iterable[str]) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, fields: Iterable[str]) -> dict[int, dict[str, Any]]:
     """
-    The objects of a jsonl file; empty lines are passed over.
+    The objects of a jsonl file by their lines' numbers, from 1; empty lines are passed over.
 
     Raises:
         ValueError: If the file holds no line, or a line is no JSON object or lacks one of `fields`; the line is named.
     """
-    rows = []
+    rows = {}
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -87,7 +87,7 @@ def read_jsonl(path: str | Path, fields: Iterable[str]) -> list[dict[str, Any]]:
             missing = [name for name in fields if not isinstance(row, dict) or name not in row]
             if missing:
                 raise ValueError(f"{path}, line {number} lacks {missing}: a line needs {list(fields)}.")
-            rows.append(row)
+            rows[number] = row
     if not rows:
         raise ValueError(f"{path} holds no samples.")
     return rows
@@ -271,7 +271,7 @@ def load_training_data(
 
     if jsonl is not None and not streaming:
         fields = EDIT_FIELDS if kind == "edit" else T2I_FIELDS
-        listed = read_jsonl(jsonl, fields)[:max_train_samples]
+        listed = list(read_jsonl(jsonl, fields).values())[:max_train_samples]
         own = {"id": "id", "source": "image_path", "target": "image_path_target", "prompt": "prompt"}
         if kind == "t2i":
             own = {"id": "id", "target": "image_path", "prompt": "prompt"}

@@ -14,13 +14,14 @@
 """The MLP connector between the vision-language model and the painter, and the learned null condition."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, apply_lora_scale
 from torch import nn
 
 
@@ -65,11 +66,13 @@ class DIMConnector(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.linear_2 = nn.Linear(caption_channels, caption_channels)
         self.null_condition = nn.Parameter(torch.randn(max_sequence_length, caption_channels) / caption_channels**0.5)
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         hidden_states: torch.Tensor | None = None,
         null_length: int | None = None,
         return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
     ) -> DIMConnectorOutput | tuple[torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
@@ -80,6 +83,8 @@ class DIMConnector(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 so that every kind of offloading has them on the right device.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`DIMConnectorOutput`] or a tuple of the same two values.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": ...}` scales LoRA layers.
 
         Raises:
             ValueError: If `null_length` is above the null condition's rows.

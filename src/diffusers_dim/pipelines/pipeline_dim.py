@@ -381,6 +381,7 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int = 8192,
+        lora_scale: float | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         r"""
         Encodes prompts, each with its source picture for an edit, into condition tokens.
@@ -413,12 +414,15 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
                 The same for `negative_prompt_embeds`.
             max_sequence_length (`int`, defaults to 8192):
                 The last so many condition tokens are kept, at most as many as the null condition has rows.
+            lora_scale (`float`, *optional*):
+                Scales the connector's LoRA layers, if there are any.
 
         Returns:
             `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`, each
             with `batch_size * num_images_per_prompt` rows; the last two are `None` without guidance.
         """
         device = device or self._execution_device
+        attention_kwargs = None if lora_scale is None else {"scale": lora_scale}
         if self.connector is not None:
             max_sequence_length = min(max_sequence_length, self._null_length)
 
@@ -427,7 +431,8 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
             hidden_states, prompt_attention_mask = self.encode_hidden_states(
                 prompt, image, height, width, device, max_sequence_length
             )
-            prompt_embeds = self.connector(hidden_states.to(self.connector.dtype)).prompt_embeds
+            hidden_states = hidden_states.to(self.connector.dtype)
+            prompt_embeds = self.connector(hidden_states, attention_kwargs=attention_kwargs).prompt_embeds
         prompt_embeds = prompt_embeds.to(device)
         if prompt_attention_mask is None:
             prompt_attention_mask = torch.ones(prompt_embeds.shape[:2], device=device)
@@ -450,7 +455,8 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
                     device,
                     max_sequence_length,
                 )
-                embeds = self.connector(hidden_states.to(self.connector.dtype)).prompt_embeds
+                hidden_states = hidden_states.to(self.connector.dtype)
+                embeds = self.connector(hidden_states, attention_kwargs=attention_kwargs).prompt_embeds
                 length = max(length, embeds.shape[1])
                 negative_prompt_embeds = pad_tokens(negative_prompt_embeds, length).clone()
                 negative_prompt_attention_mask = pad_tokens(negative_prompt_attention_mask, length).clone()
@@ -762,7 +768,7 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`DIMPipelineOutput`] or a tuple.
             attention_kwargs (`dict`, *optional*):
-                Passed to the transformer; `{"scale": ...}` scales its LoRA layers.
+                Passed to the transformer; `{"scale": ...}` scales its LoRA layers and the connector's.
             use_resolution_binning (`bool`, defaults to `True`):
                 For edits without a size; without effect here, where a size is exact.
             callback_on_step_end (`Callable`, *optional*):
@@ -840,6 +846,7 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
             negative_prompt_embeds=negative_prompt_embeds,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_sequence_length=max_sequence_length,
+            lora_scale=(attention_kwargs or {}).get("scale"),
         )
 
         # 4. Prepare latents

@@ -173,7 +173,7 @@ class DIMEditPipeline(DIMPipeline):
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`DIMPipelineOutput`] or a tuple.
             attention_kwargs (`dict`, *optional*):
-                Passed to the transformer; `{"scale": ...}` scales its LoRA layers.
+                Passed to the transformer; `{"scale": ...}` scales its LoRA layers and the connector's.
             use_resolution_binning (`bool`, defaults to `True`):
                 Without a size: whether to take SANA's nearest bin, or the source's own aspect ratio at the model's
                 base area, rounded to the VAE's factor.
@@ -279,6 +279,7 @@ class DIMEditPipeline(DIMPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_sequence_length=max_sequence_length,
+            lora_scale=(attention_kwargs or {}).get("scale"),
         )
         image_latents = self.prepare_image_latents(images, height, width, device, num_images_per_prompt)
 

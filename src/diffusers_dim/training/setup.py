@@ -32,7 +32,7 @@ from ..data import SkippedSamples, TrainingLoader, load_training_data
 from ..pipelines import DIMEditPipeline, DIMPipeline
 from .checkpoints import checkpoint_step, latest_checkpoint
 from .conditions import PrecomputedDataset
-from .distributed import distributed_accelerator, shard_frozen, unsharded
+from .distributed import check_optimizer, distributed_accelerator, shard_frozen, unsharded
 from .model_card import push_to_hub, save_model_card
 from .monitor import draw_curves
 
@@ -53,6 +53,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.logging_dir),
     )
+    check_optimizer(accelerator, optimizer_settings(args, accelerator)["name"])
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         level=logging.INFO if accelerator.is_main_process else logging.WARNING,

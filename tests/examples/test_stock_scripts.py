@@ -1,0 +1,222 @@
+"""
+What diffusers' own scripts for SANA train, on our components and for them. Tests that run those scripts want a checkout
+of huggingface/diffusers in DIFFUSERS_REPO.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
+)
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+from diffusers_dim import DIMEditPipeline, DIMPipeline, DIMTransformer2DModel
+
+
+DREAMBOOTH = "dreambooth/train_dreambooth_lora_sana.py"
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def picture(golden_edit) -> Image.Image:
+    return Image.open(golden_edit.path / "source.png").convert("RGB").resize((SIZE, SIZE))
+
+
+@pytest.fixture(scope="module")
+def gemma(golden_t2i, tmp_path_factory) -> Path:
+    """A `tokenizer` and a `text_encoder` of SANA's kind, as wide as the golden transformers' conditions."""
+    folder = tmp_path_factory.mktemp("gemma")
+    width = json.loads((golden_t2i.path / "transformer_config.json").read_text())["caption_channels"]
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = GemmaTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    Gemma2Model(config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def as_sana(gemma, tmp_path_factory):
+    """A SanaPipeline's folder around the transformer and the autoencoder of another pipeline's."""
+
+    def as_sana(base: Path) -> Path:
+        folder = tmp_path_factory.mktemp("as_sana")
+        for source, names in ((base, ("transformer", "vae")), (gemma, ("tokenizer", "text_encoder"))):
+            for name in names:
+                shutil.copytree(source / name, folder / name)
+        FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+        index = {
+            "_class_name": "SanaPipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Gemma2Model"],
+            "tokenizer": ["transformers", "GemmaTokenizer"],
+            "transformer": json.loads((base / "model_index.json").read_text())["transformer"],
+            "vae": ["diffusers", "AutoencoderDC"],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index))
+        return folder
+
+    return as_sana
+
+
+@pytest.fixture(scope="module")
+def train(picture, tmp_path_factory):
+    """Runs diffusers' DreamBooth script for two steps: `train(model)` gives the finished process and its output."""
+    if "DIFFUSERS_REPO" not in os.environ:
+        pytest.skip("diffusers' examples are no part of its package: set DIFFUSERS_REPO to a checkout of its repository")
+    script = Path(os.environ["DIFFUSERS_REPO"]) / "examples" / DREAMBOOTH
+    if not script.exists():
+        pytest.skip(f"DIFFUSERS_REPO holds no examples/{DREAMBOOTH}")
+    pictures = tmp_path_factory.mktemp("pictures")
+    picture.save(pictures / "0.png")
+
+    def train(model: Path, *more: str) -> tuple[subprocess.CompletedProcess, Path]:
+        output = tmp_path_factory.mktemp("stock")
+        options = {
+            "pretrained_model_name_or_path": model,
+            "instance_data_dir": pictures,
+            "instance_prompt": "a red circle",
+            "resolution": SIZE,
+            "train_batch_size": 1,
+            "max_train_steps": 2,
+            "learning_rate": 0.1,
+            "lr_warmup_steps": 0,
+            "max_sequence_length": 16,
+            "output_dir": output,
+            "seed": 0,
+        }
+        command = [sys.executable, str(Path(__file__).with_name("run_stock_script.py")), str(script), "--center_crop"]
+        for name, value in options.items():
+            command += [f"--{name}", str(value)]
+        return subprocess.run([*command, *more], capture_output=True, text=True, timeout=600), output
+
+    return train
+
+
+def load(base: Path, lora: Path, kind: type[DIMPipeline] = DIMPipeline) -> tuple[DIMPipeline, dict[str, torch.Tensor]]:
+    """A pipeline with a LoRA, and the LoRA's weights by the pipeline's names."""
+    pipe = kind.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(lora)
+    layers = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
+    return pipe, {f"transformer.{name}": layer for name, layer in layers.items()}
+
+
+def predict(transformer: SanaTransformer2DModel, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    config = transformer.config
+    latents = torch.randn(2, config.in_channels, 8, 8, generator=generator)
+    condition = torch.randn(2, 5, config.caption_channels, generator=generator)
+    with torch.no_grad():
+        return transformer(latents, condition, timestep=torch.tensor([700, 200])).sample
+
+
+# Weights
+
+
+@pytest.mark.parametrize("folder", ["t2i_folder", "edit_folder"])
+def test_sanas_transformer_reads_dims_and_computes_the_same(request, folder):
+    path = request.getfixturevalue(folder)
+    stock = SanaTransformer2DModel.from_pretrained(path, subfolder="transformer")
+    ours = DIMTransformer2DModel.from_pretrained(path, subfolder="transformer")
+    weights, expected = stock.state_dict(), ours.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    torch.testing.assert_close(predict(stock), predict(ours), rtol=0, atol=1e-5)
+
+
+# LoRA
+
+
+@pytest.fixture(scope="module")
+def sana_lora(t2i_folder, tmp_path_factory) -> tuple[SanaTransformer2DModel, Path]:
+    """SANA's transformer with a LoRA of a few training steps, and the file that SanaPipeline makes of it."""
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel.from_pretrained(t2i_folder, subfolder="transformer")
+    transformer.requires_grad_(False)
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point", "linear_1"]
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=layers))
+    optimizer = torch.optim.AdamW([weight for weight in transformer.parameters() if weight.requires_grad], lr=0.05)
+    latents, target = torch.randn(2, 2, transformer.config.in_channels, 8, 8)
+    condition, timestep = torch.randn(2, 5, transformer.config.caption_channels), torch.tensor([700, 200])
+    for _ in range(2):
+        prediction = transformer(latents, condition, timestep=timestep).sample
+        (prediction - target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("sana_lora")
+    SanaPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        **_collate_lora_metadata({"transformer": transformer}),
+    )
+    return transformer.eval(), folder
+
+
+def test_lora_trained_on_sanas_transformer_computes_the_same_in_dims(sana_lora, t2i_folder):
+    stock, folder = sana_lora
+    pipe, layers = load(t2i_folder, folder)
+    saved = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert layers.keys() == saved.keys()
+    assert all(torch.equal(layers[name], saved[name]) for name in saved)
+    expected = predict(stock)
+    torch.testing.assert_close(predict(pipe.transformer), expected, rtol=0, atol=1e-5)
+    pipe.unload_lora_weights()
+    assert not torch.allclose(predict(pipe.transformer), expected, atol=1e-2)
+
+
+def test_lora_trained_on_sanas_transformer_paints_the_same_pictures_in_dims(sana_lora, t2i_folder):
+    stock, folder = sana_lora
+    pipe, _ = load(t2i_folder, folder)
+    condition = torch.randn(1, 5, stock.config.caption_channels, generator=torch.Generator().manual_seed(1))
+    null = pipe.connector.null_embeds(5)[None] if hasattr(pipe.connector, "null_embeds") else None
+    print(null)
+
+
+def test_lora_of_a_text_to_image_transformer_edits_with_every_weight_in_use(sana_lora, edit_folder, picture):
+    _, folder = sana_lora
+    pipe, layers = load(edit_folder, folder, DIMEditPipeline)
+    saved = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert layers.keys() == saved.keys()
+    assert all(torch.equal(layers[name], saved[name]) for name in saved)
+    settings = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "output_type": "latent"}
+    edit = [
+        pipe(picture, "Make it red.", generator=torch.Generator().manual_seed(0), **settings).images
+        for _ in [pipe, pipe.disable_lora()]
+    ]
+    assert not torch.allclose(*edit, atol=1e-2)
+
+
+# Scripts
+
+
+@pytest.fixture(scope="module")
+def sana_trained(train, as_sana, sana_folder) -> tuple[Path, Path]:
+    model = as_sana(sana_folder)
+    process, output = train(model)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return model, output
