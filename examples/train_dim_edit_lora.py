@@ -36,7 +36,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_dim import DIMConnector, DIMEditPipeline, DIMTransformer2DModel
+from diffusers_dim import DIMEditPipeline, DIMTransformer2DModel
 from diffusers_dim.training import (
     FROZEN_COMPONENTS,
     DIMTrainingModel,
@@ -48,35 +48,31 @@ from diffusers_dim.training import (
     add_validation_arguments,
     autocast,
     begin_run,
-    blank_sample,
     check_arguments,
-    collate_encoded,
+    complete_pipeline,
     count_train_steps,
     create_accelerator,
     create_loader,
     create_optimizer,
-    encode_samples,
     freeze,
     log_validation,
     loss_weights,
-    make_placeholder,
+    make_inputs,
     open_data,
     optimizer_settings,
     publish,
     read_pipeline_kind,
     resume,
-    sample_noise,
     save_checkpoint,
     trained_weights,
     training_flops,
     wants_validation,
-    whole_text_encoder,
 )
 from diffusers_dim.training.distributed import MIXED_DTYPES
 
 
 CONNECTOR_LAYERS = ["linear_1", "linear_2"]
-UNSHARDED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -145,19 +141,9 @@ def load_pipeline(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
-        dtype=torch.float32,
+        dtype={"text_encoder": getattr(torch, args.frozen_dtype), "default": torch.float32},
         **components or {},
     )
-
-
-def complete_pipeline(
-    args: argparse.Namespace, pipe: DIMEditPipeline, connector: DIMConnector, transformer: DIMTransformer2DModel
-) -> DIMEditPipeline:
-    """The pipeline of adapted models; what training from precomputed conditions went without is read."""
-    adapted = {"connector": connector, "transformer": transformer}
-    if pipe.vae is None:
-        return load_pipeline(args, adapted)
-    return DIMEditPipeline(**pipe.components | adapted, default_guidance_scale=pipe.config.default_guidance_scale)
 
 
 def add_adapters(
@@ -225,11 +211,9 @@ def checkpoint_adapters_alone(accelerator: Accelerator, adapted: dict[str, nn.Mo
 def main(args: argparse.Namespace) -> None:
     # 1. Data and settings: what is wrong with them is told before any weights load
     accelerator = create_accelerator(args)
-    if accelerator.distributed_type not in UNSHARDED:
-        raise ValueError(
-            f"A LoRA's frozen weights are not sharded: launch it without {accelerator.distributed_type.value}, one"
-            " process a device."
-        )
+    if accelerator.distributed_type in SHARDING:
+        engine = accelerator.distributed_type.value
+        raise ValueError(f"A LoRA trains one whole model a device: launch it without {engine}, as --multi_gpu does.")
     read_pipeline_kind(args, ("edit",))
     layers = read_lora_layers(args)
     loader = create_loader(args, open_data(args, "edit"), accelerator)
@@ -238,7 +222,6 @@ def main(args: argparse.Namespace) -> None:
     # 2. Models: the frozen ones are there to encode alone, adapters come before anything wraps or compiles
     precomputed = args.precomputed_conditions is not None
     pipe = load_pipeline(args, dict.fromkeys(FROZEN_COMPONENTS) if precomputed else None)
-    max_sequence_length = min(args.max_sequence_length, pipe.connector.config.max_sequence_length)
     if precomputed:
         loader.dataset.check(pipe, args)
     else:
@@ -280,36 +263,21 @@ def main(args: argparse.Namespace) -> None:
     batches = loader.batches(start=step * args.gradient_accumulation_steps)
     while step < max_train_steps:
         batch = next(batches)
-        items = batch.samples
-        if not precomputed:
-            # A text encoder in parts is called by all processes or none.
-            samples = batch.samples or [blank_sample(pipe)] * args.shard_text_encoder
-            items = encode_samples(pipe, samples, batch.height, batch.width, max_sequence_length)
-            items = items[: len(batch.samples)]
-        placeholder = make_placeholder(
-            pipe.connector.config, pipe.transformer.config, batch.height, batch.width, pipe.vae_scale_factor
-        )
-        inputs = collate_encoded(items, accelerator.device, placeholder)
-        weights = inputs.pop("weights")
-        noise, timesteps, dropped = sample_noise(
-            batch.positions or [0], inputs["latents"].shape[1:], args.seed, args.conditioning_dropout_prob
-        )
-        inputs |= {"noise": noise, "timesteps": timesteps, "dropped": dropped}
-        inputs = {name: tensor.to(accelerator.device) for name, tensor in inputs.items()}
-
+        inputs, weights = make_inputs(batch, pipe, args, accelerator.device)
         with accelerator.accumulate(model):
             with autocast(accelerator):
                 losses = model(**inputs)
             # The mean over the samples of all processes, of which some may have fewer: unreadable ones are left out.
             count = accelerator.reduce(weights.sum(), "sum").clamp(min=1)
-            scale = loss_weights(timesteps, args.weighting_scheme, flow_shift, args.snr_gamma).to(losses)
+            scale = loss_weights(inputs["timesteps"], args.weighting_scheme, flow_shift, args.snr_gamma).to(losses)
             accelerator.backward((losses * scale * weights).sum() * accelerator.num_processes / count)
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
-        monitor.add(losses, timesteps, weights, *inputs["latents"].shape[2:], inputs["hidden_states"].shape[1])
+        height, width = inputs["latents"].shape[2:]
+        monitor.add(losses, inputs["timesteps"], weights, height, width, inputs["hidden_states"].shape[1])
         if not accelerator.sync_gradients:
             continue
 
@@ -326,9 +294,11 @@ def main(args: argparse.Namespace) -> None:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
         if wants_validation(args) and (step % args.validation_steps == 0 or last):
             model.eval()  # without LoRA dropout
-            with trained_weights(accelerator, model, ema) as (connector, transformer), whole_text_encoder(pipe):
+            with trained_weights(accelerator, model, ema) as (connector, transformer):
                 if accelerator.is_main_process:
-                    trained = complete_pipeline(args, pipe, connector, transformer)
+                    trained = complete_pipeline(
+                        pipe, partial(load_pipeline, args), connector=connector, transformer=transformer
+                    )
                     log_validation(trained.to(accelerator.device), args, accelerator, step)
             model.train()
             monitor.restart_clock()

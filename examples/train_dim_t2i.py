@@ -32,7 +32,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from diffusers_dim import DIMConnector, DIMPipeline, DIMTransformer2DModel
+from diffusers_dim import DIMPipeline
 from diffusers_dim.training import (
     FROZEN_COMPONENTS,
     DIMTrainingModel,
@@ -44,31 +44,27 @@ from diffusers_dim.training import (
     add_validation_arguments,
     autocast,
     begin_run,
-    blank_sample,
     check_arguments,
-    collate_encoded,
+    complete_pipeline,
     count_train_steps,
     create_accelerator,
     create_loader,
     create_optimizer,
-    encode_samples,
     freeze,
     grow_null_condition,
     load_sana,
     log_validation,
     loss_weights,
-    make_placeholder,
+    make_inputs,
     open_data,
     optimizer_settings,
     publish,
     read_pipeline_kind,
     resume,
-    sample_noise,
     save_checkpoint,
     trained_weights,
     training_flops,
     wants_validation,
-    whole_text_encoder,
 )
 
 
@@ -107,29 +103,20 @@ def load_pipeline(
             torch.Generator().manual_seed(args.seed),
             revision=args.revision,
             variant=args.variant,
+            text_encoder_dtype=getattr(torch, args.frozen_dtype),
             **components,
         )
     pipe = DIMPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
         revision=args.revision,
         variant=args.variant,
-        dtype=torch.float32,
+        dtype={"text_encoder": getattr(torch, args.frozen_dtype), "default": torch.float32},
         **components,
     )
     pipe.connector = grow_null_condition(
         pipe.connector, args.max_sequence_length, torch.Generator().manual_seed(args.seed)
     )
     return pipe
-
-
-def complete_pipeline(
-    args: argparse.Namespace, pipe: DIMPipeline, connector: DIMConnector, transformer: DIMTransformer2DModel
-) -> DIMPipeline:
-    """The pipeline of trained weights; what training from precomputed conditions went without is read."""
-    trained = {"connector": connector, "transformer": transformer}
-    if pipe.vae is None:
-        return load_pipeline(args, trained)
-    return DIMPipeline(**pipe.components | trained, default_guidance_scale=pipe.config.default_guidance_scale)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -181,36 +168,21 @@ def main(args: argparse.Namespace) -> None:
     batches = loader.batches(start=step * args.gradient_accumulation_steps)
     while step < max_train_steps:
         batch = next(batches)
-        items = batch.samples
-        if not precomputed:
-            # A text encoder in parts is called by all processes or none.
-            samples = batch.samples or [blank_sample(pipe)] * args.shard_text_encoder
-            items = encode_samples(pipe, samples, batch.height, batch.width, args.max_sequence_length)
-            items = items[: len(batch.samples)]
-        placeholder = make_placeholder(
-            pipe.connector.config, pipe.transformer.config, batch.height, batch.width, pipe.vae_scale_factor
-        )
-        inputs = collate_encoded(items, accelerator.device, placeholder)
-        weights = inputs.pop("weights")
-        noise, timesteps, dropped = sample_noise(
-            batch.positions or [0], inputs["latents"].shape[1:], args.seed, args.conditioning_dropout_prob
-        )
-        inputs |= {"noise": noise, "timesteps": timesteps, "dropped": dropped}
-        inputs = {name: tensor.to(accelerator.device) for name, tensor in inputs.items()}
-
+        inputs, weights = make_inputs(batch, pipe, args, accelerator.device)
         with accelerator.accumulate(model):
             with autocast(accelerator):
                 losses = model(**inputs)
             # The mean over the samples of all processes, of which some may have fewer: unreadable ones are left out.
             count = accelerator.reduce(weights.sum(), "sum").clamp(min=1)
-            scale = loss_weights(timesteps, args.weighting_scheme, flow_shift, args.snr_gamma).to(losses)
+            scale = loss_weights(inputs["timesteps"], args.weighting_scheme, flow_shift, args.snr_gamma).to(losses)
             accelerator.backward((losses * scale * weights).sum() * accelerator.num_processes / count)
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
-        monitor.add(losses, timesteps, weights, *inputs["latents"].shape[2:], inputs["hidden_states"].shape[1])
+        height, width = inputs["latents"].shape[2:]
+        monitor.add(losses, inputs["timesteps"], weights, height, width, inputs["hidden_states"].shape[1])
         if not accelerator.sync_gradients:
             continue
 
@@ -226,16 +198,21 @@ def main(args: argparse.Namespace) -> None:
         if step % args.checkpointing_steps == 0 or last:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
         if wants_validation(args) and (step % args.validation_steps == 0 or last):
-            with trained_weights(accelerator, model, ema) as (connector, transformer), whole_text_encoder(pipe):
+            with trained_weights(accelerator, model, ema) as (connector, transformer):
                 if accelerator.is_main_process:
-                    trained = complete_pipeline(args, pipe, connector, transformer)
+                    trained = complete_pipeline(
+                        pipe, partial(load_pipeline, args), connector=connector, transformer=transformer
+                    )
                     log_validation(trained.to(accelerator.device), args, accelerator, step)
             monitor.restart_clock()
 
     # 5. Save the pipeline
-    with trained_weights(accelerator, model, ema) as (connector, transformer), whole_text_encoder(pipe):
+    with trained_weights(accelerator, model, ema) as (connector, transformer):
         if accelerator.is_main_process:
-            complete_pipeline(args, pipe, connector, transformer).save_pretrained(args.output_dir)
+            trained = complete_pipeline(
+                pipe, partial(load_pipeline, args), connector=connector, transformer=transformer
+            )
+            trained.save_pretrained(args.output_dir)
             publish(args, "t2i", accelerator, loader)
     accelerator.end_training()
 

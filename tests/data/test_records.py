@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import datasets
@@ -156,6 +157,16 @@ def test_broken_pictures_are_unreadable_and_named(tmp_path, broken):
     assert error.value.id == "e1"
     assert error.value.reason.startswith("target: ")
     assert data[0]["id"] == "e0"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [("end <|im_end|> here", "special token <|im_end|>"), (" ", "not a text"), (None, "not a text")],
+)
+def test_prompts_that_cannot_be_read_are_unreadable(tmp_path, prompt, reason):
+    data = load_training_data("edit", jsonl=write_jsonl(tmp_path, [{**EDITS[0], "prompt": prompt}]))
+    with pytest.raises(UnreadableSampleError, match=re.escape(reason)):
+        data[0]
 
 
 def test_bombs_are_unreadable(tmp_path, monkeypatch):

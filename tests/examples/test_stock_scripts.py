@@ -61,23 +61,18 @@ def gemma(golden_t2i, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def as_sana(gemma, tmp_path_factory):
-    """A SanaPipeline's folder around the transformer and the autoencoder of another pipeline's."""
+    """A SanaPipeline's folder around the transformer and the autoencoder of a folder of DIM's."""
 
     def as_sana(base: Path) -> Path:
+        pipe = SanaPipeline(
+            tokenizer=GemmaTokenizer.from_pretrained(gemma, subfolder="tokenizer"),
+            text_encoder=Gemma2Model.from_pretrained(gemma, subfolder="text_encoder"),
+            vae=AutoencoderDC.from_pretrained(base, subfolder="vae"),
+            transformer=SanaTransformer2DModel.from_pretrained(base, subfolder="transformer"),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
         folder = tmp_path_factory.mktemp("as_sana")
-        for source, names in ((base, ("transformer", "vae")), (gemma, ("tokenizer", "text_encoder"))):
-            for name in names:
-                shutil.copytree(source / name, folder / name)
-        FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-        index = {
-            "_class_name": "SanaPipeline",
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "Gemma2Model"],
-            "tokenizer": ["transformers", "GemmaTokenizer"],
-            "transformer": json.loads((base / "model_index.json").read_text())["transformer"],
-            "vae": ["diffusers", "AutoencoderDC"],
-        }
-        (folder / "model_index.json").write_text(json.dumps(index))
+        pipe.save_pretrained(folder)
         return folder
 
     return as_sana
@@ -87,7 +82,9 @@ def as_sana(gemma, tmp_path_factory):
 def train(picture, tmp_path_factory):
     """Runs diffusers' DreamBooth script for two steps: `train(model)` gives the finished process and its output."""
     if "DIFFUSERS_REPO" not in os.environ:
-        pytest.skip("diffusers' examples are no part of its package: set DIFFUSERS_REPO to a checkout of its repository")
+        pytest.skip(
+            "diffusers' examples are no part of its package: set DIFFUSERS_REPO to a checkout of its repository"
+        )
     script = Path(os.environ["DIFFUSERS_REPO"]) / "examples" / DREAMBOOTH
     if not script.exists():
         pytest.skip(f"DIFFUSERS_REPO holds no examples/{DREAMBOOTH}")

@@ -41,10 +41,11 @@ def own(base):
 def paint(golden_edit):
     source = Image.open(golden_edit.path / "source.png").convert("RGB")
 
-    def paint(pipe: DIMEditPipeline) -> torch.Tensor:
+    def paint(pipe: DIMEditPipeline, **inputs) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         size = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 4.0}
-        return pipe(source, "Make it red.", generator=generator, output_type="latent", **size).images
+        call = {**size, "generator": generator, "output_type": "latent", **inputs}
+        return pipe(source, "Make it red.", **call).images
 
     return paint
 
@@ -259,6 +260,17 @@ def test_weights_are_set_by_component(own, folder, paint):
     painter.load_lora_weights({name: w for name, w in own().lora_state_dict(path).items() if "transformer." in name})
     painter.set_adapters("default_0", 2 * 0.5)  # weights alone do not tell that alpha is twice the rank
     torch.testing.assert_close(paint(pipe), paint(painter), atol=1e-5, rtol=0)
+
+
+def test_scale_of_a_call_scales_both_components(own, folder, paint):
+    scaled, weighted = own(), own()
+    for pipe in (scaled, weighted):
+        pipe.load_lora_weights(folder("adapter"))
+    weighted.set_adapters("default_0", 0.5)
+    call = {"negative_prompt": "dark"}
+    images = paint(scaled, attention_kwargs={"scale": 0.5}, **call)
+    torch.testing.assert_close(images, paint(weighted, **call), atol=1e-5, rtol=0)
+    assert scaled.connector.linear_1.scaling == {"default_0": 2.0}
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -15,6 +15,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,7 @@ COLUMNS = {
         "prompt": ("prompt", "caption", "text", "txt"),
     },
 }
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # of the vision-language model, which a prompt must not hold
 READ_ERRORS = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
 
 Kind = Literal["edit", "t2i"]
@@ -146,6 +148,8 @@ class Rows:
         prompt = self.prompt(row)
         if not isinstance(prompt, str) or not prompt.strip():
             raise UnreadableSampleError(sample["id"], f"prompt: not a text, but {prompt!r}")
+        if special := SPECIAL_TOKEN.search(prompt):
+            raise UnreadableSampleError(sample["id"], f"prompt: holds the special token {special[0]}")
         sample["prompt"] = prompt
         for name in ("source", "target") if self.kind == "edit" else ("target",):
             try:

@@ -5,6 +5,7 @@ from .arguments import (
     add_validation_arguments,
     check_arguments,
 )
+from .batches import blank_sample, complete_pipeline, make_inputs
 from .checkpoints import checkpoint_step, latest_checkpoint, prune_checkpoints, save_checkpoint
 from .conditions import PrecomputedDataset, collate_encoded, encode_samples, make_placeholder
 from .distributed import ShardedEMAModel, autocast, gather_weights, trained_weights
@@ -25,7 +26,6 @@ from .optimizers import create_optimizer
 from .setup import (
     FROZEN_COMPONENTS,
     begin_run,
-    blank_sample,
     count_train_steps,
     create_accelerator,
     create_loader,
@@ -35,7 +35,6 @@ from .setup import (
     publish,
     read_pipeline_kind,
     resume,
-    whole_text_encoder,
 )
 from .validation import log_validation, wants_validation
 
@@ -56,6 +55,7 @@ __all__ = [
     "check_arguments",
     "checkpoint_step",
     "collate_encoded",
+    "complete_pipeline",
     "count_train_steps",
     "create_accelerator",
     "create_loader",
@@ -72,6 +72,7 @@ __all__ = [
     "load_sana",
     "log_validation",
     "loss_weights",
+    "make_inputs",
     "make_placeholder",
     "open_data",
     "optimizer_settings",
@@ -88,6 +89,5 @@ __all__ = [
     "trained_weights",
     "training_flops",
     "wants_validation",
-    "whole_text_encoder",
     "widen_patch_embedding",
 ]

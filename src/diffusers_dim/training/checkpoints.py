@@ -53,7 +53,8 @@ def save_checkpoint(
     target = Path(output_dir) / f"checkpoint-{step}"
     aside = Path(output_dir) / f"saving-{step}"
     if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
+        for stale in (*Path(output_dir).glob("saving-*"), *Path(output_dir).glob("removing-*")):
+            shutil.rmtree(stale)  # of a run that was killed
     accelerator.wait_for_everyone()
     accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
@@ -65,7 +66,12 @@ def save_checkpoint(
 
 
 def prune_checkpoints(output_dir: str | Path, limit: int | None) -> None:
-    """Removes the oldest checkpoints until at most `limit` are left; `None` keeps all."""
+    """
+    Removes the oldest checkpoints until at most `limit` are left; `None` keeps all. They are renamed first, so that a
+    run killed meanwhile leaves no half of one.
+    """
     if limit is not None:
         for path in list_checkpoints(output_dir)[: -limit or None]:
-            shutil.rmtree(path)
+            aside = path.with_name(f"removing-{checkpoint_step(path)}")
+            path.rename(aside)
+            shutil.rmtree(aside)

@@ -32,7 +32,7 @@ from accelerate.utils import (
 )
 from diffusers.training_utils import EMAModel
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -352,21 +352,3 @@ def shard_frozen(module: torch.nn.Module, accelerator: Accelerator) -> None:
         if type(layer).__name__ in names:
             fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
-
-
-@contextmanager
-def unsharded(module: torch.nn.Module) -> Iterator[None]:
-    """
-    Within it every process holds a model of [`shard_frozen`] whole, and may call it alone. All processes enter it; a
-    model that is not sharded stays as it is.
-    """
-    layers = [layer for layer in module.modules() if isinstance(layer, FSDPModule)]
-    for layer in layers:
-        layer.set_reshard_after_forward(False, recurse=False)
-        layer.unshard()
-    yield
-    if layers:
-        PartialState().wait_for_everyone()
-    for layer in layers:
-        layer.set_reshard_after_forward(True, recurse=False)
-        layer.reshard()

@@ -31,6 +31,7 @@ def load_sana(
     generator: torch.Generator | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    text_encoder_dtype: torch.dtype = torch.float32,
     **components: Any,
 ) -> DIMPipeline:
     r"""
@@ -52,6 +53,8 @@ def load_sana(
             Revision of SANA's repository.
         variant (`str`, *optional*):
             Variant of SANA's weights, such as "fp16".
+        text_encoder_dtype (`torch.dtype`, defaults to `torch.float32`):
+            Of the vision-language model alone.
         components:
             Components to take in place of those read or made, `None` for one that is not needed.
     """
@@ -65,7 +68,7 @@ def load_sana(
         )
     if "text_encoder" not in components:
         components["text_encoder"] = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            text_encoder_name_or_path, dtype=torch.float32
+            text_encoder_name_or_path, dtype=text_encoder_dtype
         )
     if "processor" not in components:
         components["processor"] = DIMProcessor.from_pretrained(text_encoder_name_or_path)

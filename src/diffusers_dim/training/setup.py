@@ -17,7 +17,6 @@ import argparse
 import json
 import logging
 import math
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderDC, DiffusionPipeline
-from PIL import Image
 from torch.utils.data import Dataset
 
 from ..data import SkippedSamples, TrainingLoader, load_training_data
-from ..pipelines import DIMEditPipeline, DIMPipeline
+from ..pipelines import DIMPipeline
 from .checkpoints import checkpoint_step, latest_checkpoint
 from .conditions import PrecomputedDataset
-from .distributed import check_optimizer, distributed_accelerator, shard_frozen, unsharded
+from .distributed import check_optimizer, distributed_accelerator, shard_frozen
 from .model_card import push_to_hub, save_model_card
 from .monitor import draw_curves
 
@@ -44,7 +42,10 @@ PIPELINE_KINDS = {"DIMEditPipeline": "edit", "DIMPipeline": "t2i", "SanaPipeline
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The accelerator of the run options, with seeds, logging and TF32 set."""
+    """
+    The accelerator of the run options, with seeds, logging and TF32 set. `args.frozen_dtype` takes that of the mixed
+    precision where none was given.
+    """
     accelerator = distributed_accelerator(
         args.train_batch_size,
         args.max_grad_norm,
@@ -53,6 +54,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.logging_dir),
     )
+    if args.frozen_dtype is None:
+        args.frozen_dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(accelerator.mixed_precision, "float32")
     check_optimizer(accelerator, optimizer_settings(args, accelerator)["name"])
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -134,29 +137,13 @@ def count_train_steps(args: argparse.Namespace, loader: TrainingLoader) -> int:
 
 
 def freeze(pipe: DIMPipeline, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """
-    Puts the frozen models on the device, the vision-language model in `--frozen_dtype`, the VAE in float32; with
-    `--shard_text_encoder` each process holds its part of the former.
-    """
-    mixed = {"fp16": "float16", "bf16": "bfloat16"}.get(accelerator.mixed_precision, "float32")
-    pipe.text_encoder.requires_grad_(False).to(getattr(torch, args.frozen_dtype or mixed))
+    """Puts the frozen models on the device; with `--shard_text_encoder` each process holds its part of that one."""
+    pipe.text_encoder.requires_grad_(False)
     if args.shard_text_encoder:
         shard_frozen(pipe.text_encoder, accelerator)
     else:
         pipe.text_encoder.to(accelerator.device)
     pipe.vae.requires_grad_(False).to(accelerator.device)
-
-
-def blank_sample(pipe: DIMPipeline) -> dict[str, Any]:
-    """A sample that says and shows nothing."""
-    picture = Image.new("RGB", (pipe.vae_scale_factor, pipe.vae_scale_factor))
-    sample = {"id": "", "prompt": " ", "target": picture}
-    return {**sample, "source": picture} if isinstance(pipe, DIMEditPipeline) else sample
-
-
-def whole_text_encoder(pipe: DIMPipeline) -> AbstractContextManager[None]:
-    """Within it one process may call the text encoder alone, or save it, though it be sharded."""
-    return nullcontext() if pipe.text_encoder is None else unsharded(pipe.text_encoder)
 
 
 def optimizer_settings(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
