@@ -197,6 +197,7 @@ def main(args: argparse.Namespace) -> None:
         last = step == max_train_steps
         if step % args.checkpointing_steps == 0 or last:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+            monitor.restart_clock()
         if wants_validation(args) and (step % args.validation_steps == 0 or last):
             with trained_weights(accelerator, model, ema) as (connector, transformer):
                 if accelerator.is_main_process:

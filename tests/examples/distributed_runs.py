@@ -1,6 +1,6 @@
 """
-Runs examples one after the other in one process of a distributed run, so that what they import is read once. A run that
-raises a `ValueError` does not end the others; one may be killed while it saves.
+Runs examples one after the other in one process of a distributed run, so that what they import is read once. A run
+that raises a `ValueError` does not end the others; one may be killed while it saves.
 """
 
 import itertools

@@ -5,19 +5,13 @@ of huggingface/diffusers in DIFFUSERS_REPO.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SanaPipeline,
-    SanaTransformer2DModel,
-)
+from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -28,6 +22,7 @@ from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 from diffusers_dim import DIMEditPipeline, DIMPipeline, DIMTransformer2DModel
 
 
+WEIGHTS = "pytorch_lora_weights.safetensors"
 DREAMBOOTH = "dreambooth/train_dreambooth_lora_sana.py"
 SIZE = 64
 
@@ -114,13 +109,29 @@ def train(picture, tmp_path_factory):
     return train
 
 
-def load(base: Path, lora: Path, kind: type[DIMPipeline] = DIMPipeline) -> tuple[DIMPipeline, dict[str, torch.Tensor]]:
-    """A pipeline with a LoRA, and the LoRA's weights by the pipeline's names."""
-    pipe = kind.from_pretrained(base)
+def load(pipeline: type[DIMPipeline], base: Path, lora: Path) -> DIMPipeline:
+    pipe = pipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(lora)
+    return pipe
+
+
+def assert_every_weight_is_in_use(pipe: DIMPipeline, lora: Path) -> None:
+    saved = load_file(lora / WEIGHTS)
     layers = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
-    return pipe, {f"transformer.{name}": layer for name, layer in layers.items()}
+    assert {f"transformer.{name}" for name in layers} == saved.keys()
+    assert all(torch.equal(layer, saved[f"transformer.{name}"]) for name, layer in layers.items())
+
+
+def assert_the_lora_shows(pipe: DIMPipeline, *source: Image.Image) -> None:
+    settings = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "output_type": "latent"}
+    painted = []
+    for switch in (pipe.enable_lora, pipe.disable_lora):
+        switch()
+        generator = torch.Generator().manual_seed(0)
+        painted.append(pipe(*source, prompt="Make it red.", generator=generator, **settings).images)
+    pipe.enable_lora()
+    assert not torch.allclose(*painted, atol=1e-2)
 
 
 def predict(transformer: SanaTransformer2DModel, seed: int = 0) -> torch.Tensor:
@@ -176,44 +187,72 @@ def sana_lora(t2i_folder, tmp_path_factory) -> tuple[SanaTransformer2DModel, Pat
 
 def test_lora_trained_on_sanas_transformer_computes_the_same_in_dims(sana_lora, t2i_folder):
     stock, folder = sana_lora
-    pipe, layers = load(t2i_folder, folder)
-    saved = load_file(folder / "pytorch_lora_weights.safetensors")
-    assert layers.keys() == saved.keys()
-    assert all(torch.equal(layers[name], saved[name]) for name in saved)
+    pipe = load(DIMPipeline, t2i_folder, folder)
+    assert_every_weight_is_in_use(pipe, folder)
     expected = predict(stock)
     torch.testing.assert_close(predict(pipe.transformer), expected, rtol=0, atol=1e-5)
     pipe.unload_lora_weights()
     assert not torch.allclose(predict(pipe.transformer), expected, atol=1e-2)
 
 
-def test_lora_trained_on_sanas_transformer_paints_the_same_pictures_in_dims(sana_lora, t2i_folder):
+def test_lora_trained_on_sanas_transformer_paints_the_same_pictures_in_both_pipelines(sana_lora, t2i_folder):
     stock, folder = sana_lora
-    pipe, _ = load(t2i_folder, folder)
-    condition = torch.randn(1, 5, stock.config.caption_channels, generator=torch.Generator().manual_seed(1))
-    null = pipe.connector.null_embeds(5)[None] if hasattr(pipe.connector, "null_embeds") else None
-    print(null)
+    pipe = load(DIMPipeline, t2i_folder, folder)
+    width = stock.config.caption_channels
+    condition, null = torch.randn(2, 1, 5, width, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(1, 5, dtype=torch.long)
+    settings = {
+        "prompt_embeds": condition,
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": null,
+        "negative_prompt_attention_mask": mask,
+        "height": SIZE,
+        "width": SIZE,
+        "num_inference_steps": 4,
+        "guidance_scale": 4.5,
+        "use_resolution_binning": False,
+        "output_type": "pt",
+    }
+    sana = SanaPipeline(None, None, pipe.vae, stock, pipe.scheduler)
+    pictures = [pipeline(generator=torch.Generator().manual_seed(0), **settings).images for pipeline in (pipe, sana)]
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-5)
 
 
-def test_lora_of_a_text_to_image_transformer_edits_with_every_weight_in_use(sana_lora, edit_folder, picture):
+def test_lora_of_a_text_to_image_transformer_works_in_the_editor(sana_lora, edit_folder, picture):
     _, folder = sana_lora
-    pipe, layers = load(edit_folder, folder, DIMEditPipeline)
-    saved = load_file(folder / "pytorch_lora_weights.safetensors")
-    assert layers.keys() == saved.keys()
-    assert all(torch.equal(layers[name], saved[name]) for name in saved)
-    settings = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "output_type": "latent"}
-    edit = [
-        pipe(picture, "Make it red.", generator=torch.Generator().manual_seed(0), **settings).images
-        for _ in [pipe, pipe.disable_lora()]
-    ]
-    assert not torch.allclose(*edit, atol=1e-2)
+    pipe = load(DIMEditPipeline, edit_folder, folder)
+    assert_every_weight_is_in_use(pipe, folder)
+    assert_the_lora_shows(pipe, picture)
 
 
-# Scripts
+# The DreamBooth script
 
 
-@pytest.fixture(scope="module")
-def sana_trained(train, as_sana, sana_folder) -> tuple[Path, Path]:
-    model = as_sana(sana_folder)
-    process, output = train(model)
+def test_stock_script_trains_dims_transformer_inside_sanas_pipeline(train, as_sana, t2i_folder, edit_folder, picture):
+    process, lora = train(as_sana(t2i_folder))
     assert process.returncode == 0, process.stderr[-3000:]
-    return model, output
+    pipe = load(DIMPipeline, t2i_folder, lora)
+    assert_every_weight_is_in_use(pipe, lora)
+    assert_the_lora_shows(pipe)
+    stock = SanaTransformer2DModel.from_pretrained(t2i_folder, subfolder="transformer")
+    SanaPipeline(None, None, None, stock, pipe.scheduler).load_lora_weights(lora)
+    torch.testing.assert_close(predict(pipe.transformer), predict(stock), rtol=0, atol=1e-5)
+
+    editor = load(DIMEditPipeline, edit_folder, lora)
+    assert_every_weight_is_in_use(editor, lora)
+    assert_the_lora_shows(editor, picture)
+
+
+@pytest.mark.parametrize("folder", ["t2i_folder", "edit_folder"])
+def test_stock_script_finds_no_tokenizer_of_its_kind_in_a_folder_of_dim(request, train, folder):
+    process, output = train(request.getfixturevalue(folder))
+    assert process.returncode == 1
+    assert "tokenizer = AutoTokenizer.from_pretrained(" in process.stderr
+    assert not (output / WEIGHTS).exists()
+
+
+def test_stock_script_cannot_feed_the_editors_transformer(train, as_sana, edit_folder):
+    process, output = train(as_sana(edit_folder))
+    assert process.returncode == 1
+    assert "to have 8 channels, but got 4 channels" in process.stderr
+    assert not (output / WEIGHTS).exists()

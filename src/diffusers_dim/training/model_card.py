@@ -110,6 +110,7 @@ checkpoint has its authors'. The terms of the training data come on top."""
 NOT_PUBLISHED = [
     "checkpoint-*",
     "saving-*",
+    "removing-*",
     "logs/*",
     "runs/*",
     "wandb/*",

@@ -45,7 +45,7 @@ def sample_noise(
     seed: int,
     conditioning_dropout_prob: float = 0.0,
     num_train_timesteps: int = 1000,
-) -> tuple[torch.Tensor, torch.LongTensor, torch.BoolTensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     All that is random in a training step, each sample's from a generator of its own: it does not depend on how a batch
     is split over processes and micro-batches, nor on what came before a resumed step.

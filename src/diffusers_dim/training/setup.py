@@ -24,9 +24,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderDC, DiffusionPipeline
-from torch.utils.data import Dataset
 
 from ..data import SkippedSamples, TrainingLoader, load_training_data
+from ..data.records import Kind
 from ..pipelines import DIMPipeline
 from .checkpoints import checkpoint_step, latest_checkpoint
 from .conditions import PrecomputedDataset
@@ -86,7 +86,7 @@ def read_pipeline_kind(args: argparse.Namespace, allowed: tuple[str, ...]) -> st
     return kind
 
 
-def open_data(args: argparse.Namespace, kind: str) -> Dataset:
+def open_data(args: argparse.Namespace, kind: Kind) -> Any:
     """Samples by the data options, or the encoded ones of `--precomputed_conditions`; `kind` is "edit" or "t2i"."""
     if getattr(args, "precomputed_conditions", None) is not None:
         return PrecomputedDataset(args.precomputed_conditions, args.max_train_samples)
@@ -111,7 +111,7 @@ def open_data(args: argparse.Namespace, kind: str) -> Dataset:
     )
 
 
-def create_loader(args: argparse.Namespace, dataset: Dataset, accelerator: Accelerator) -> TrainingLoader:
+def create_loader(args: argparse.Namespace, dataset: Any, accelerator: Accelerator) -> TrainingLoader:
     """This process's part of the batches; unreadable samples are listed in the output folder."""
     config = AutoencoderDC.load_config(args.pretrained_model_name_or_path, subfolder="vae", revision=args.revision)
     return TrainingLoader(
@@ -207,7 +207,7 @@ def publish(args: argparse.Namespace, kind: str, accelerator: Accelerator, loade
     facts = {
         "num_processes": accelerator.num_processes,
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
-        "skipped": len(loader.skipped),
+        "skipped_samples": len(loader.skipped),
     }
     save_model_card(
         output_dir,

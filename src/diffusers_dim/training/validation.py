@@ -16,6 +16,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from PIL import Image
 
 from ..evaluation.shapes import evaluate_shapes
 from ..evaluation.sheets import SheetRow, draw_sheet
-from ..pipelines import DIMEditPipeline, DIMPipeline
+from ..pipelines import DIMEditPipeline, DIMPipeline, DIMPipelineOutput
 from ..tiny import sample_edits
 
 
@@ -36,7 +37,7 @@ def paint_validation(pipe: DIMPipeline, args: argparse.Namespace) -> list[SheetR
     Paints the validation prompts at the training's square resolution, each from the noise of `args.seed`, as rows of
     source | blueprint | edit | target, or of one picture for text-to-image.
     """
-    call = {
+    call: dict[str, Any] = {
         "height": args.resolution,
         "width": args.resolution,
         "num_inference_steps": args.num_inference_steps,
@@ -47,16 +48,17 @@ def paint_validation(pipe: DIMPipeline, args: argparse.Namespace) -> list[SheetR
     for index, prompt in enumerate(args.validation_prompt or []):
         call["generator"] = torch.Generator().manual_seed(args.seed)
         if not isinstance(pipe, DIMEditPipeline):
-            rows.append(SheetRow(prompt, [("", pipe(prompt, **call).images[0])]))
+            picture = cast(DIMPipelineOutput, pipe(prompt, **call)).images[0]
+            rows.append(SheetRow(prompt, [("", cast(Image.Image, picture))]))
             continue
         blueprint = args.validation_blueprint[index] if args.validation_blueprint else None
         source = pipe.image_processor.to_rgb(Image.open(args.validation_image[index]))[0]
-        output = pipe(source, prompt, blueprint=blueprint, **call)
+        output = cast(DIMPipelineOutput, pipe(source, prompt, blueprint=blueprint, **call))
         seen = pipe.image_processor.resize_and_crop(source, args.resolution, args.resolution)
         pictures: list[tuple[str, Image.Image | str]] = [("source", seen)]
         if output.blueprints[0] != prompt:
             pictures.append(("blueprint", str(output.blueprints[0])))
-        pictures.append(("edit", output.images[0]))
+        pictures.append(("edit", cast(Image.Image, output.images[0])))
         if args.validation_target:
             target = pipe.image_processor.to_rgb(Image.open(args.validation_target[index]))[0]
             pictures.append(("target", pipe.image_processor.resize_and_crop(target, args.resolution, args.resolution)))
@@ -103,10 +105,10 @@ def log_validation(pipe: DIMPipeline, args: argparse.Namespace, accelerator: Acc
         with open(output_dir / "validation.jsonl", "a") as lines:
             lines.write(json.dumps({"step": step, "edits": len(samples), **scores}) + "\n")
         for sample, edit in zip(samples[:4], edited):
-            pictures = [("source", sample.source), ("blueprint", sample.blueprint), ("edit", edit)]
-            if args.validation_shapes_prompt != "blueprint":
-                del pictures[1]
-            rows.append(SheetRow(sample.instruction, [*pictures, ("target", sample.target)]))
+            shown: list[tuple[str, Image.Image | str]] = [("source", sample.source)]
+            if args.validation_shapes_prompt == "blueprint":
+                shown.append(("blueprint", sample.blueprint))
+            rows.append(SheetRow(sample.instruction, [*shown, ("edit", edit), ("target", sample.target)]))
     if rows:
         sheet = draw_sheet(rows, heading=f"Step {step}")
         path = output_dir / "validation" / f"{step}.png"
