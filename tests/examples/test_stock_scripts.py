@@ -1,6 +1,6 @@
 """
-What diffusers' own scripts for SANA train, on our components and for them. Tests that run those scripts want a checkout
-of huggingface/diffusers in DIFFUSERS_REPO.
+What diffusers' own scripts for SANA train, on our components and for them. Tests that run a script want a checkout of
+huggingface/diffusers in DIFFUSERS_REPO.
 """
 
 import json
@@ -202,6 +202,7 @@ def test_lora_trained_on_sanas_transformer_paints_the_same_pictures_in_both_pipe
     condition, null = torch.randn(2, 1, 5, width, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(1, 5, dtype=torch.long)
     settings = {
+        "negative_prompt": None,
         "prompt_embeds": condition,
         "prompt_attention_mask": mask,
         "negative_prompt_embeds": null,
