@@ -167,17 +167,19 @@ class TrainingDataset(Dataset):
     Args:
         rows: What gives a row by its index: a list of dicts, or a `datasets.Dataset` without decoding.
         reader ([`Rows`]): What makes samples of them.
-        prompts (`list[str]`): All prompts.
 
     Raises:
         UnreadableSampleError: By an item or a size, where a picture cannot be read.
     """
 
-    def __init__(self, rows: Any, reader: Rows, prompts: list[str]):
+    def __init__(self, rows: Any, reader: Rows):
         self.rows = rows
         self.reader = reader
         self.kind = reader.kind
-        self._lengths = [len(prompt) if isinstance(prompt, (str, bytes)) else 0 for prompt in prompts]
+        self._words = rows
+        if not isinstance(rows, list):  # a table, of which pictures need not be read for words
+            pictures = {reader.columns.get(name) for name in ("source", "target")}
+            self._words = rows.select_columns([name for name in rows.column_names if name not in pictures])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -187,11 +189,12 @@ class TrainingDataset(Dataset):
 
     def id(self, index: int) -> str:
         """The sample's id."""
-        return self.reader.id(self.rows[index], index)
+        return self.reader.id(self._words[index], index)
 
     def length(self, index: int) -> int:
-        """Characters of the prompt."""
-        return self._lengths[index]
+        """Characters of the prompt, 0 where it is no text."""
+        prompt = self.reader.prompt(self._words[index])
+        return len(prompt) if isinstance(prompt, str) else 0
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the target in pixels, without decoding it."""
@@ -280,7 +283,7 @@ def load_training_data(
         if kind == "t2i":
             own = {"id": "id", "target": "image_path", "prompt": "prompt"}
         reader = Rows(kind, own, Path(image_root) if image_root is not None else Path(jsonl).parent)
-        return TrainingDataset(listed, reader, [row["prompt"] for row in listed])
+        return TrainingDataset(listed, reader)
 
     rows = _load_rows(
         jsonl, dataset_name, dataset_config_name, dataset_revision, split, train_data_dir, streaming, cache_dir
@@ -294,7 +297,7 @@ def load_training_data(
         rows = rows.select(range(min(max_train_samples, len(rows))))
     if len(rows) == 0:
         raise ValueError(f"{dataset_name or train_data_dir} holds no samples.")
-    return TrainingDataset(rows, reader, list(rows[names["prompt"]]))
+    return TrainingDataset(rows, reader)
 
 
 def _load_rows(
