@@ -202,7 +202,7 @@ def slurm(tmp_path):
     """Starts the SLURM script where `srun` is the shell command given."""
 
     def start(srun, *arguments):
-        tools = {"srun": srun, "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/scontrol'}
+        tools = {"srun": srun, "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/asked'}
         for name, body in tools.items():
             (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
             (tmp_path / name).chmod(0o755)
@@ -240,7 +240,7 @@ def test_slurm_job_goes_back_into_the_queue_before_its_time_is_up(slurm, tmp_pat
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 0
-    assert (tmp_path / "scontrol").read_text().split()[0] == "requeue"
+    assert (tmp_path / "asked").read_text().split()[0] == "requeue"
 
 
 def test_slurm_job_fails_as_its_training_does(slurm):

@@ -7,11 +7,20 @@ import json
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from datasets import Dataset
+from diffusers import (
+    AutoencoderDC,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
+)
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -24,6 +33,7 @@ from diffusers_dim import DIMEditPipeline, DIMPipeline, DIMTransformer2DModel
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 DREAMBOOTH = "dreambooth/train_dreambooth_lora_sana.py"
+SPRINT = "research_projects/sana/train_sana_sprint_diffusers.py"
 SIZE = 64
 
 
@@ -74,39 +84,49 @@ def as_sana(gemma, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def train(picture, tmp_path_factory):
-    """Runs diffusers' DreamBooth script for two steps: `train(model)` gives the finished process and its output."""
+def run_stock(tmp_path_factory):
+    """
+    Runs a script of diffusers for two steps: `run_stock(script, model, option=value, ...)` gives the finished process
+    and the folder of its output.
+    """
     if "DIFFUSERS_REPO" not in os.environ:
         pytest.skip(
             "diffusers' examples are no part of its package: set DIFFUSERS_REPO to a checkout of its repository"
         )
-    script = Path(os.environ["DIFFUSERS_REPO"]) / "examples" / DREAMBOOTH
-    if not script.exists():
-        pytest.skip(f"DIFFUSERS_REPO holds no examples/{DREAMBOOTH}")
-    pictures = tmp_path_factory.mktemp("pictures")
-    picture.save(pictures / "0.png")
 
-    def train(model: Path, *more: str) -> tuple[subprocess.CompletedProcess, Path]:
+    def run_stock(name: str, model: Path, *flags: str, **options) -> tuple[subprocess.CompletedProcess, Path]:
+        script = Path(os.environ["DIFFUSERS_REPO"]) / "examples" / name
+        if not script.exists():
+            pytest.skip(f"DIFFUSERS_REPO holds no examples/{name}")
         output = tmp_path_factory.mktemp("stock")
-        options = {
+        options |= {
             "pretrained_model_name_or_path": model,
-            "instance_data_dir": pictures,
-            "instance_prompt": "a red circle",
+            "output_dir": output,
             "resolution": SIZE,
-            "train_batch_size": 1,
             "max_train_steps": 2,
             "learning_rate": 0.1,
             "lr_warmup_steps": 0,
-            "max_sequence_length": 16,
-            "output_dir": output,
             "seed": 0,
         }
-        command = [sys.executable, str(Path(__file__).with_name("run_stock_script.py")), str(script), "--center_crop"]
-        for name, value in options.items():
-            command += [f"--{name}", str(value)]
-        return subprocess.run([*command, *more], capture_output=True, text=True, timeout=600), output
+        command = [sys.executable, str(Path(__file__).with_name("run_stock_script.py")), str(script), *flags]
+        for option, value in options.items():
+            command += [f"--{option}", str(value)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600), output
 
-    return train
+    return run_stock
+
+
+@pytest.fixture(scope="module")
+def train_lora(run_stock, picture, tmp_path_factory):
+    """`train_lora(model)`: the DreamBooth script on one picture."""
+    pictures = tmp_path_factory.mktemp("pictures")
+    picture.save(pictures / "0.png")
+    data = {"instance_data_dir": pictures, "instance_prompt": "a red circle", "max_sequence_length": 16}
+
+    def train_lora(model: Path) -> tuple[subprocess.CompletedProcess, Path]:
+        return run_stock(DREAMBOOTH, model, "--center_crop", train_batch_size=1, **data)
+
+    return train_lora
 
 
 def load(pipeline: type[DIMPipeline], base: Path, lora: Path) -> DIMPipeline:
@@ -226,11 +246,13 @@ def test_lora_of_a_text_to_image_transformer_works_in_the_editor(sana_lora, edit
     assert_the_lora_shows(pipe, picture)
 
 
-# The DreamBooth script
+# Scripts
 
 
-def test_stock_script_trains_dims_transformer_inside_sanas_pipeline(train, as_sana, t2i_folder, edit_folder, picture):
-    process, lora = train(as_sana(t2i_folder))
+def test_stock_script_trains_dims_transformer_inside_sanas_pipeline(
+    train_lora, as_sana, t2i_folder, edit_folder, picture
+):
+    process, lora = train_lora(as_sana(t2i_folder))
     assert process.returncode == 0, process.stderr[-3000:]
     pipe = load(DIMPipeline, t2i_folder, lora)
     assert_every_weight_is_in_use(pipe, lora)
@@ -244,16 +266,54 @@ def test_stock_script_trains_dims_transformer_inside_sanas_pipeline(train, as_sa
     assert_the_lora_shows(editor, picture)
 
 
-@pytest.mark.parametrize("folder", ["t2i_folder", "edit_folder"])
-def test_stock_script_finds_no_tokenizer_of_its_kind_in_a_folder_of_dim(request, train, folder):
-    process, output = train(request.getfixturevalue(folder))
+def test_stock_script_finds_no_tokenizer_of_its_kind_in_a_folder_of_dim(train_lora, t2i_folder):
+    process, output = train_lora(t2i_folder)
     assert process.returncode == 1
     assert "tokenizer = AutoTokenizer.from_pretrained(" in process.stderr
     assert not (output / WEIGHTS).exists()
 
 
-def test_stock_script_cannot_feed_the_editors_transformer(train, as_sana, edit_folder):
-    process, output = train(as_sana(edit_folder))
+def test_stock_script_cannot_feed_the_editors_transformer(train_lora, as_sana, edit_folder):
+    process, output = train_lora(as_sana(edit_folder))
     assert process.returncode == 1
     assert "to have 8 channels, but got 4 channels" in process.stderr
     assert not (output / WEIGHTS).exists()
+
+
+def test_distilled_transformer_paints_the_same_in_sanas_sprint_pipeline(
+    run_stock, as_sana, t2i_folder, picture, tmp_path
+):
+    pixels = BytesIO()
+    picture.save(pixels, "PNG")
+    data = tmp_path / "data.parquet"
+    Dataset.from_dict({"image": [pixels.getvalue()] * 4, "llava": ["a red circle"] * 4}).to_parquet(data)
+    process, output = run_stock(
+        SPRINT,
+        as_sana(t2i_folder),
+        dataset_name="parquet",
+        file_path=data,
+        train_batch_size=2,
+        dataloader_num_workers=1,
+        head_block_ids=1,
+        mixed_precision="bf16",
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+
+    def paint(kind: type[SanaTransformer2DModel]) -> torch.Tensor:
+        transformer = kind.from_pretrained(output, subfolder="transformer", dtype=torch.float32)
+        vae = AutoencoderDC.from_pretrained(t2i_folder, subfolder="vae")
+        pipe = SanaSprintPipeline(None, None, vae, transformer, SCMScheduler())
+        generator = torch.Generator().manual_seed(0)
+        condition = torch.randn(1, 5, transformer.config.caption_channels, generator=generator)
+        return pipe(
+            prompt_embeds=condition,
+            prompt_attention_mask=torch.ones(1, 5),
+            height=SIZE,
+            width=SIZE,
+            num_inference_steps=2,
+            generator=generator,
+            use_resolution_binning=False,
+            output_type="pt",
+        ).images
+
+    torch.testing.assert_close(paint(DIMTransformer2DModel), paint(SanaTransformer2DModel), rtol=0, atol=1e-5)

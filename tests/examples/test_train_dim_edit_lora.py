@@ -241,3 +241,17 @@ def test_folder_of_another_run_is_refused(unbroken, edit_folder, edits, capsys):
     with pytest.raises(SystemExit):
         run_script(SCRIPT, *options(edit_folder, edits, unbroken[0]))
     assert "holds another run" in capsys.readouterr().err
+
+
+def test_finished_folder_without_checkpoints_is_refused(unbroken, edit_folder, edits, tmp_path, capsys):
+    (tmp_path / WEIGHTS).write_bytes((unbroken[0] / WEIGHTS).read_bytes())
+    with pytest.raises(SystemExit):
+        run_script(SCRIPT, *options(edit_folder, edits, tmp_path))
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_resumed_run_of_another_rank_is_refused(unbroken, edit_folder, edits, capsys):
+    more = ["--lora_dropout", 0.2, "--rank", 8, "--resume_from_checkpoint", "latest"]
+    with pytest.raises(SystemExit):
+        run_script(SCRIPT, *options(edit_folder, edits, unbroken[0], *more))
+    assert "go on as it began, but --rank was 4, now 8." in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import hashlib
 import re
 from collections import Counter
 from itertools import pairwise
@@ -14,6 +15,7 @@ from diffusers_dim.tiny.world import (
     SHAPE_KINDS,
     SIZES,
     TEMPLATES,
+    UNSEEN_EDIT_KINDS,
     Ground,
     Scene,
     Shape,
@@ -84,6 +86,19 @@ def test_kinds_can_be_chosen():
     assert {sample.kind for sample in sample_edits(9, seed=0, kinds=("add", "move"))} == {"add", "move"}
 
 
+def test_the_samples_that_the_embedded_model_learned_from_stay_as_they_were():
+    told = "".join(f"{sample.blueprint}\n{sample.kind}\n" for sample in sample_edits(120, seed=0))
+    assert (
+        hashlib.sha256(told.encode()).hexdigest() == "a54b415ae046b19aedc0d46545893e14342c4759d7c72f922265045f911070e5"
+    )
+
+
+def test_unseen_kinds_are_drawn_when_asked_for_alone(samples):
+    assert not set(UNSEEN_EDIT_KINDS) & set(EDIT_KINDS)
+    assert not {sample.kind for sample in samples} & set(UNSEEN_EDIT_KINDS)
+    assert {sample.kind for sample in sample_edits(6, seed=0, kinds=UNSEEN_EDIT_KINDS)} == set(UNSEEN_EDIT_KINDS)
+
+
 def test_every_edit_changes_the_picture(samples):
     assert all(sample.source.tobytes() != sample.target.tobytes() for sample in samples)
 
@@ -125,6 +140,32 @@ def test_a_move_changes_two_cells_and_nothing_else():
         distance = np.abs(np.stack([columns, rows], axis=1)[:, None] + 0.5 - centers).max(axis=2)
         assert len(np.unique(distance.argmin(axis=1))) == 2
         assert distance.min(axis=1).max() < 10
+
+
+def test_a_resized_shape_keeps_its_kind_color_and_place():
+    for sample in sample_edits(60, seed=15, kinds=("resize",)):
+        _, layout, _, _, imagination = parts(sample)
+        assert set(names(layout)) == set(names(imagination))
+        name = names(sample.instruction)[0]
+        left, top, right, bottom = changed_box(sample)
+        assert max(right - left, bottom - top) <= 2 * SIZES["large"]
+        before, after = (
+            (np.asarray(picture) == SHAPE_COLORS[name.split()[0]]).all(axis=2)[top:bottom, left:right]
+            for picture in (sample.source, sample.target)
+        )
+        small, large = (before, after) if f"a large {name}" in imagination else (after, before)
+        assert small.any()
+        assert large[small].all()
+        assert large.sum() > 1.5 * small.sum()
+
+
+def test_a_resize_says_which_size_is_wanted():
+    for sample in sample_edits(60, seed=16, kinds=("resize",)):
+        name = names(sample.instruction)[0]
+        grown = f"a large {name}" in parts(sample)[4]
+        words = re.findall("[a-z]+", re.sub(f"(small |large )?{name}", "", sample.instruction).lower())
+        assert bool({"large", "bigger", "enlarge"} & set(words)) == grown
+        assert bool({"small", "smaller", "shrink"} & set(words)) != grown
 
 
 def test_a_new_background_keeps_the_insides_of_shapes():

@@ -1,7 +1,6 @@
 from .buckets import BatchOrder, find_bucket
 from .loader import SkippedSamples, TrainingBatch, TrainingLoader
 from .records import (
-    EDIT_FIELDS,
     StreamingDataset,
     TrainingDataset,
     UnreadableSampleError,
@@ -11,7 +10,6 @@ from .records import (
 
 
 __all__ = [
-    "EDIT_FIELDS",
     "BatchOrder",
     "SkippedSamples",
     "StreamingDataset",

@@ -14,6 +14,7 @@
 """Which samples make which batch: aspect-ratio buckets, and an order that the number of processes does not change."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -24,6 +25,7 @@ from ..image_processor import DIMImageProcessor
 BATCHES_SORTED_TOGETHER = 50
 
 
+@lru_cache(maxsize=1 << 16)  # pictures of a data set have few sizes
 def find_bucket(
     size: tuple[int, int], resolution: int, vae_scale_factor: int, aspect_ratio_bucketing: bool
 ) -> tuple[int, int]:

@@ -17,11 +17,14 @@ import json
 import logging
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from .buckets import BatchOrder, find_bucket
 from .records import StreamingDataset, UnreadableSampleError
@@ -30,6 +33,7 @@ from .records import StreamingDataset, UnreadableSampleError
 logger = logging.getLogger(__name__)
 
 SIZE_READERS = 16  # threads that read headers, which mostly wait
+SIZES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -54,30 +58,42 @@ class TrainingBatch:
 
 class SkippedSamples:
     r"""
-    Lists samples that could not be read, each once: a line with `id` and `reason` in `skipped-{process_index}.jsonl`.
+    Lists samples that could not be read: a line with `id` and `reason` in `skipped-{process_index}.jsonl`. A sample is
+    listed once, whichever process comes upon it in whichever epoch, as long as all see the run's folder.
 
     Args:
-        output_dir (`str` or `Path`): The run's folder.
+        output_dir (`str` or `Path`): The run's folder, perhaps of a run that is resumed.
         process_index (`int`, defaults to 0): Each process has a file of its own.
     """
 
     def __init__(self, output_dir: str | Path, process_index: int = 0):
         self.path = Path(output_dir) / f"skipped-{process_index}.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.ids = {json.loads(line)["id"] for line in lines if line.endswith("}")}
+        self._lock = Lock()
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:  # a killed run left half a line
+            self.path.write_bytes(whole)
 
     def __len__(self) -> int:
+        """Samples that any process has listed."""
         return len(self.ids)
+
+    @property
+    def ids(self) -> set[str]:
+        """Theirs."""
+        files = [path.read_bytes() for path in self.path.parent.glob("skipped-*.jsonl")]
+        lines = [line for file in files for line in file.splitlines(keepends=True)]
+        return {json.loads(line)["id"] for line in lines if line.endswith(b"\n")}
 
     def add(self, error: UnreadableSampleError) -> None:
         """Lists a sample, unless it is listed."""
-        if error.id in self.ids:
-            return
-        self.ids.add(error.id)
-        logger.warning("Skipped sample %s, %s", error.id, error.reason)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as lines:
-            lines.write(json.dumps({"id": error.id, "reason": error.reason}) + "\n")
+        with self._lock:
+            if error.id in self.ids:
+                return
+            logger.warning("Skipped sample %s, %s", error.id, error.reason)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as lines:
+                lines.write(json.dumps({"id": error.id, "reason": error.reason}) + "\n")
 
 
 class TrainingLoader:
@@ -86,7 +102,8 @@ class TrainingLoader:
     one size. The global order does not depend on how many processes share it.
 
     A streaming dataset is read by every process from its beginning, undecoded, and decoded where it is a process's
-    own, so that all agree on the order without a word; a start other than 0 reads past what comes before.
+    own, so that all agree on the order without a word; a start other than 0 reads past what comes before. Of other
+    data nothing is read but what a process needs, though with `aspect_ratio_bucketing` each reads all headers first.
 
     Args:
         dataset ([`TrainingDataset`], [`PrecomputedDataset`] or [`StreamingDataset`]):
@@ -108,7 +125,7 @@ class TrainingLoader:
         process_index (`int`, defaults to 0):
             Whose share this is.
         num_workers (`int`, defaults to 0):
-            Threads that read ahead.
+            Threads that read ahead, two batches each.
         skipped ([`SkippedSamples`], *optional*):
             Receives the samples that cannot be read.
 
@@ -167,29 +184,57 @@ class TrainingLoader:
         )
 
     def batches(self, start: int = 0) -> Iterator[TrainingBatch]:
-        """This process's share of the global micro-batches from number `start` on, without end."""
+        """
+        This process's share of the global micro-batches from number `start` on, without end.
+
+        Raises:
+            ValueError: If a stream holds no full batch, or for a whole epoch nothing of the share can be read.
+        """
         shares = self._streamed(start) if self.streaming else self._ordered(start)
         empty = 0
-        for batch in self._read_ahead(shares):
+        for batch, errors in self._filled(shares):
+            for error in errors:
+                self._skip(error)
             empty = 0 if batch.samples else empty + 1
             if empty > max(self.batches_per_epoch or 0, 100):
-                raise ValueError(f"None of the last {empty} batches of process {self.process_index} could be read.")
+                raise ValueError(
+                    f"None of the last {empty} batches of process {self.process_index} could be read; of sample"
+                    f" {errors[-1].id}, {errors[-1].reason}."
+                )
             yield batch
+
+    def _skip(self, error: UnreadableSampleError) -> None:
+        if self.skipped is not None:
+            self.skipped.add(error)
 
     def _find_buckets(self) -> list[tuple[int, int] | None]:
         """Each sample's size in training; headers are read only where pictures keep their shapes."""
+        samples = range(len(self.dataset))
         if not self.aspect_ratio_bucketing:
-            return [(self.resolution, self.resolution)] * len(self.dataset)
+            return [(self.resolution, self.resolution)] * len(samples)
+        parts = [samples[first : first + SIZES_AT_ONCE] for first in samples[::SIZES_AT_ONCE]]
+        buckets: list[tuple[int, int] | None] = []
         with ThreadPoolExecutor(SIZE_READERS) as pool:
-            return list(pool.map(lambda index: self._bucket_of(self.dataset.size, index), range(len(self.dataset))))
+            bar = tqdm(total=len(samples), desc="Sizes of pictures", delay=5, disable=self.process_index > 0)
+            for part in pool.map(lambda part: [self._bucket_of(self.dataset.size, index) for index in part], parts):
+                buckets += [self._kept(bucket) for bucket in part]
+                bar.update(len(part))
+            bar.close()
+        return buckets
 
-    def _bucket_of(self, size: Any, *args: Any) -> tuple[int, int] | None:
+    def _bucket_of(self, size: Any, *args: Any) -> tuple[int, int] | UnreadableSampleError:
         try:
             return find_bucket(size(*args), self.resolution, self.vae_scale_factor, self.aspect_ratio_bucketing)
         except UnreadableSampleError as error:
-            if self.skipped is not None and self.process_index == 0:
-                self.skipped.add(error)
+            return error
+
+    def _kept(self, bucket: tuple[int, int] | UnreadableSampleError) -> tuple[int, int] | None:
+        """The bucket; of a sample without, which every process comes upon, the first process takes note."""
+        if isinstance(bucket, UnreadableSampleError):
+            if self.process_index == 0:
+                self._skip(bucket)
             return None
+        return bucket
 
     @property
     def _own(self) -> slice:
@@ -208,28 +253,30 @@ class TrainingLoader:
 
     def _streamed(self, start: int) -> Iterator[tuple[TrainingBatch, list[Any]]]:
         """Empty batches and the numbered rows that are to fill them."""
-        size, number = self.batch_size * self.num_processes, 0
+        size, own, batches = self.batch_size * self.num_processes, self._own, 0
         for epoch in count():
-            waiting: dict[tuple[int, int], list[tuple[int, Any]]] = {}
-            before = number
-            for index, row in self.dataset.shuffled(self.seed, epoch):
+            waiting: dict[tuple[int, int], list[Any]] = {}
+            before = batches
+            for number, row in self.dataset.shuffled(self.seed, epoch):
                 bucket: tuple[int, int] | None = (self.resolution, self.resolution)
                 if self.aspect_ratio_bucketing:
-                    bucket = self._bucket_of(self.dataset.reader.size, row, index)
+                    bucket = self._kept(self._bucket_of(self.dataset.reader.size, row, number))
                 if bucket is None:
                     continue
                 rows = waiting.setdefault(bucket, [])
-                rows.append((index, row))
+                # Other processes' rows are counted, not kept.
+                rows.append((number, row) if own.start <= len(rows) < own.stop else None)
                 if len(rows) == size:
-                    if number >= start:
-                        positions = list(range(number * size, (number + 1) * size))
-                        yield TrainingBatch([], positions[self._own], *bucket, epoch), rows[self._own]
-                    number += 1
+                    if batches >= start:
+                        positions = list(range(batches * size, (batches + 1) * size))
+                        yield TrainingBatch([], positions[own], *bucket, epoch), rows[own]
+                    batches += 1
                     del waiting[bucket]
-            if number == before:
+            if batches == before:
                 raise ValueError(
                     f"The stream has no {size} readable samples of one size, which a batch of {self.batch_size} on"
-                    f" each of {self.num_processes} processes needs: lower --train_batch_size."
+                    f" each of {self.num_processes} processes needs: lower --train_batch_size or the number of"
+                    " processes, or turn --aspect_ratio_bucketing off."
                 )
 
     def _read(self, share: tuple[TrainingBatch, list[Any]]) -> tuple[TrainingBatch, list[UnreadableSampleError]]:
@@ -243,24 +290,25 @@ class TrainingLoader:
                 errors.append(error)
         return TrainingBatch(samples, positions, batch.height, batch.width, batch.epoch), errors
 
-    def _read_ahead(self, shares: Iterator[tuple[TrainingBatch, list[Any]]]) -> Iterator[TrainingBatch]:
-        """Fills batches in order, by threads where there are workers, and lists what could not be read."""
-        for batch, errors in self._filled(shares):
-            for error in errors if self.skipped is not None else []:
-                self.skipped.add(error)
-            yield batch
-
     def _filled(
         self, shares: Iterator[tuple[TrainingBatch, list[Any]]]
     ) -> Iterator[tuple[TrainingBatch, list[UnreadableSampleError]]]:
+        """Batches in order with what could not be read of them, by threads where there are workers."""
         if self.num_workers == 0:
             yield from map(self._read, shares)
             return
-        pool = ThreadPoolExecutor(self.num_workers)
+        # One thread takes shares in order, which of a stream means to read it, while others decode.
+        taker, readers = ThreadPoolExecutor(1), ThreadPoolExecutor(self.num_workers)
+
+        def submit() -> Future[tuple[TrainingBatch, list[UnreadableSampleError]]]:
+            share = taker.submit(next, shares)
+            return readers.submit(lambda: self._read(share.result()))
+
         try:
-            pending = deque(pool.submit(self._read, share) for share in islice(shares, 2 * self.num_workers))
-            for share in shares:
+            pending = deque(submit() for _ in range(2 * self.num_workers))
+            while True:
                 yield pending.popleft().result()
-                pending.append(pool.submit(self._read, share))
+                pending.append(submit())
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            taker.shutdown(wait=False, cancel_futures=True)
+            readers.shutdown(wait=False, cancel_futures=True)

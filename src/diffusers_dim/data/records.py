@@ -15,49 +15,59 @@
 
 import io
 import json
+import random
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+import fsspec
+from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
 from ..image_processor import DIMImageProcessor
 
 
-EDIT_FIELDS = ("id", "image_path", "image_path_target", "prompt")
-T2I_FIELDS = ("id", "image_path", "prompt")
+FORMATS = ("png", "jpg", "jpeg", "webp")
+PROMPTS = ("prompt", "edit_prompt", "instruction", "edit_instruction", "caption", "text", "txt")
 # Columns by the names that data sets give them, the first that is there: jsonl files of DIM-Edit, InstructPix2Pix,
-# UltraEdit and MagicBrush, picture folders, and WebDataset tars.
+# UltraEdit and MagicBrush, picture folders, and WebDataset tars, whose `0001.json` is a column "json" with fields.
 COLUMNS = {
     "edit": {
         "source": (
-            "image_path",
-            "source",
-            "input_image",
-            "source_image",
-            "source_img",
-            "original_image",
-            "source.png",
+            *("image_path", "source", "input_image", "source_image", "source_img", "original_image", "image"),
+            *(f"source.{ending}" for ending in FORMATS),
         ),
-        "target": ("image_path_target", "target", "edited_image", "target_image", "target_img", "target.png"),
-        "prompt": ("prompt", "edit_prompt", "instruction", "edit_instruction", "text", "txt"),
+        "target": (
+            *("image_path_target", "target", "edited_image", "target_image", "target_img"),
+            *(f"target.{ending}" for ending in FORMATS),
+        ),
+        "prompt": (*PROMPTS, *(f"json.{name}" for name in PROMPTS)),
     },
     "t2i": {
-        "target": ("image_path", "image", "target", "jpg", "png", "webp", "jpeg"),
-        "prompt": ("prompt", "caption", "text", "txt"),
+        "target": ("image_path", "image", "target", *FORMATS),
+        "prompt": (*PROMPTS, *(f"json.{name}" for name in PROMPTS)),
     },
 }
+JSONL_COLUMNS = {
+    "edit": {"id": "id", "source": "image_path", "target": "image_path_target", "prompt": "prompt"},
+    "t2i": {"id": "id", "target": "image_path", "prompt": "prompt"},
+}
+FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # of the vision-language model, which a prompt must not hold
-READ_ERRORS = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
+# What PIL was seen to raise for broken files, RuntimeError by its AVIF reader and struct.error for EXIF.
+READ_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, struct.error, Image.DecompressionBombError)
+SHUFFLE_BUFFER = 1000  # undecoded rows of a stream
 
 Kind = Literal["edit", "t2i"]
 
 
 class UnreadableSampleError(Exception):
     """
-    A sample whose picture is missing, broken or too large.
+    A sample whose picture is missing, broken or too large, or whose prompt is no text or not a plain one.
 
     Args:
         id (`str`): The sample's.
@@ -95,16 +105,37 @@ def read_jsonl(path: str | Path, fields: Iterable[str]) -> dict[int, dict[str, A
     return rows
 
 
+def list_columns(row: Mapping[str, Any]) -> list[str]:
+    """A row's columns, and as "json.prompt" the fields of those that have some."""
+    columns = list(row)
+    for name, value in row.items():
+        if isinstance(value, Mapping) and "bytes" not in value:  # that would be a picture
+            columns += [f"{name}.{field}" for field in value]
+    return columns
+
+
+def read_column(row: Any, column: str) -> Any:
+    """What a row has in a column or, as "json.prompt", in a column's field; `None` if nothing."""
+    if not isinstance(row, Mapping):
+        return None
+    if column in row:
+        return row[column]
+    outer, _, field = column.partition(".")
+    return read_column(row.get(outer), field) if field else None
+
+
 def open_picture(value: Any, root: Path | None = None) -> Image.Image:
-    """A picture, not decoded yet, from a path, bytes, a dict of either as `datasets` has it, or a picture."""
-    if isinstance(value, Image.Image):
-        return value
+    """A picture, not decoded yet, from a path, an address, bytes, or a dict of either as `datasets` has it."""
     if isinstance(value, Mapping):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    if isinstance(value, str) and "://" in value:
+        # In an archive or on a server: `datasets` gives its undecoded pictures as fsspec's addresses.
+        with fsspec.open(value, "rb") as file:
+            value = file.read()
     if isinstance(value, bytes):
         return Image.open(io.BytesIO(value))
     if not isinstance(value, (str, Path)):
-        raise ValueError(f"a picture has to be a path, bytes or an image, but is {type(value).__name__}")
+        raise ValueError(f"a picture has to be a path or bytes, but is {type(value).__name__}")
     return Image.open(value if root is None else root / value)
 
 
@@ -125,35 +156,39 @@ class Rows:
         self.root = root
         self.image_processor = DIMImageProcessor()
 
-    def id(self, row: Mapping[str, Any], index: int) -> str:
-        return str(row[self.columns["id"]]) if "id" in self.columns else str(row.get("__key__", index))
+    def id(self, row: Mapping[str, Any], number: int | str) -> str:
+        """Of the row's column, or the row's number."""
+        return str(read_column(row, self.columns["id"]) if "id" in self.columns else number)
 
-    def prompt(self, row: Mapping[str, Any]) -> str:
-        prompt = row[self.columns["prompt"]]
-        return prompt.decode() if isinstance(prompt, bytes) else prompt
+    def prompt(self, row: Mapping[str, Any]) -> Any:
+        """The prompt: a text, unless the data are at fault."""
+        prompt = read_column(row, self.columns["prompt"])
+        return prompt.decode(errors="replace") if isinstance(prompt, bytes) else prompt
 
-    def size(self, row: Mapping[str, Any], index: int) -> tuple[int, int]:
+    def size(self, row: Mapping[str, Any], number: int | str) -> tuple[int, int]:
         """Height and width of the target as a person sees it, from the file's header."""
         try:
-            with open_picture(row[self.columns["target"]], self.root) as image:
-                turned = image.getexif().get(0x0112, 1) >= 5  # orientations with sides exchanged
+            with open_picture(read_column(row, self.columns["target"]), self.root) as image:
+                # Not the PNG reader's own method: it decodes all, in search of EXIF at the file's end.
+                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+                turned = orientation in (5, 6, 7, 8)
                 return (image.width, image.height) if turned else (image.height, image.width)
         except READ_ERRORS as error:
-            raise UnreadableSampleError(self.id(row, index), f"target: {error}") from error
+            raise UnreadableSampleError(self.id(row, number), f"target: {error}") from error
 
-    def sample(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    def sample(self, row: Mapping[str, Any], number: int | str) -> dict[str, Any]:
+        """The sample, decoded."""
         used = set(self.columns.values())
         plain = {k: v for k, v in row.items() if k not in used and isinstance(v, (str, int, float, bool))}
-        sample: dict[str, Any] = {**plain, "id": self.id(row, index)}
         prompt = self.prompt(row)
+        sample: dict[str, Any] = {**plain, "id": self.id(row, number), "prompt": prompt}
         if not isinstance(prompt, str) or not prompt.strip():
             raise UnreadableSampleError(sample["id"], f"prompt: not a text, but {prompt!r}")
         if special := SPECIAL_TOKEN.search(prompt):
             raise UnreadableSampleError(sample["id"], f"prompt: holds the special token {special[0]}")
-        sample["prompt"] = prompt
         for name in ("source", "target") if self.kind == "edit" else ("target",):
             try:
-                with open_picture(row[self.columns[name]], self.root) as image:
+                with open_picture(read_column(row, self.columns[name]), self.root) as image:
                     sample[name] = self.image_processor.to_rgb(image)[0]
             except READ_ERRORS as error:
                 raise UnreadableSampleError(sample["id"], f"{name}: {error}") from error
@@ -165,7 +200,7 @@ class TrainingDataset(Dataset):
     Samples of a list or table of rows.
 
     Args:
-        rows: What gives a row by its index: a list of dicts, or a `datasets.Dataset` without decoding.
+        rows (`list[dict]` or `datasets.Dataset`): The rows, their pictures not decoded.
         reader ([`Rows`]): What makes samples of them.
 
     Raises:
@@ -176,10 +211,17 @@ class TrainingDataset(Dataset):
         self.rows = rows
         self.reader = reader
         self.kind = reader.kind
-        self._words = rows
-        if not isinstance(rows, list):  # a table, of which pictures need not be read for words
-            pictures = {reader.columns.get(name) for name in ("source", "target")}
-            self._words = rows.select_columns([name for name in rows.column_names if name not in pictures])
+        self._headers = self._select("target", "id")
+
+    def _select(self, *parts: str) -> Any:
+        """The rows without what the parts of a sample do not need, since a table copies each row it gives."""
+        if isinstance(self.rows, list):
+            return self.rows
+        wanted = [self.reader.columns[part] for part in parts if part in self.reader.columns]
+        names = self.rows.column_names
+        return self.rows.select_columns(
+            [name for name in names if any(f"{c}.".startswith(f"{name}.") for c in wanted)]
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -189,37 +231,67 @@ class TrainingDataset(Dataset):
 
     def id(self, index: int) -> str:
         """The sample's id."""
-        return self.reader.id(self._words[index], index)
+        return self.reader.id(self._headers[index], index)
 
     def length(self, index: int) -> int:
-        """Characters of the prompt, 0 where it is no text."""
-        prompt = self.reader.prompt(self._words[index])
-        return len(prompt) if isinstance(prompt, str) else 0
+        """Characters of the prompt."""
+        return self._lengths[index]
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of the target in pixels, without decoding it."""
-        return self.reader.size(self.rows[index], index)
+        return self.reader.size(self._headers[index], index)
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        rows = self._select("prompt")
+        if not isinstance(rows, list):
+            # By many rows at once, some thirty times faster than by one.
+            rows = (row for part in rows.with_format("arrow").iter(10_000) for row in part.to_pylist())
+        prompts = map(self.reader.prompt, rows)
+        return [len(prompt) if isinstance(prompt, str) else 0 for prompt in prompts]
 
 
 class StreamingDataset:
     r"""
-    Samples in the order in which a `datasets.IterableDataset` gives its rows.
+    Samples of rows that are read as they come.
 
     Args:
-        rows (`datasets.IterableDataset`): Without decoding.
+        rows (`datasets.IterableDataset`): The rows, their pictures not decoded.
         reader ([`Rows`]): What makes samples of them.
+        max_samples (`int`, *optional*): Use the first so many rows only.
     """
 
-    def __init__(self, rows: Any, reader: Rows):
+    def __init__(self, rows: Any, reader: Rows, max_samples: int | None = None):
         self.rows = rows
         self.reader = reader
         self.kind = reader.kind
+        self.max_samples = max_samples
 
-    def shuffled(self, seed: int, epoch: int, buffer_size: int = 1000) -> Iterator[tuple[int, dict[str, Any]]]:
-        """An epoch's rows with their numbers, shuffled within a buffer by seed and epoch alone."""
-        rows = self.rows.shuffle(seed=seed, buffer_size=buffer_size)
-        rows.set_epoch(epoch)
-        yield from enumerate(rows)
+    def shuffled(self, seed: int, epoch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """
+        An epoch's rows, each with a number that is the same in every epoch. Shards, and rows within a buffer, are
+        shuffled by seed and epoch alone.
+        """
+        generator = random.Random(f"{seed}, {epoch}")
+        buffer: list[tuple[str, dict[str, Any]]] = []
+        for numbered in self._numbered(generator):
+            if len(buffer) < SHUFFLE_BUFFER:
+                buffer.append(numbered)
+                continue
+            place = generator.randrange(SHUFFLE_BUFFER)
+            yield buffer[place]
+            buffer[place] = numbered
+        generator.shuffle(buffer)
+        yield from buffer
+
+    def _numbered(self, generator: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self.max_samples is not None:  # the first ones need the shards' own order
+            yield from ((str(number), row) for number, row in enumerate(islice(self.rows, self.max_samples)))
+            return
+        count = self.rows.num_shards
+        for shard in generator.sample(range(count), count):
+            for number, row in enumerate(self.rows.shard(count, shard)):
+                yield f"{shard}-{number}", row
 
 
 def load_training_data(
@@ -249,19 +321,22 @@ def load_training_data(
             What paths of pictures are relative to; the jsonl's own folder by default.
         dataset_name (`str`, *optional*):
             A dataset of the Hub, a folder that `datasets.load_dataset` reads (Parquet, ...) or that
-            `Dataset.save_to_disk` wrote.
+            `Dataset.save_to_disk` wrote, or a file (Parquet, Arrow, CSV, JSON lines). Pictures are Image features,
+            bytes or paths.
         dataset_config_name, dataset_revision (`str`, *optional*):
             Of the dataset.
         split (`str`, defaults to "train"):
             Of the dataset.
         train_data_dir (`str` or `Path`, *optional*):
-            A folder of pictures with a `metadata.jsonl` or `metadata.csv` as `datasets`' imagefolder reads them, or
-            one of WebDataset tars (`0001.source.png`, `0001.target.png` and `0001.txt`; `0001.png` and `0001.txt`).
+            A folder of pictures with a `metadata.jsonl` or `metadata.csv` as `datasets`' imagefolder reads them (for
+            edits `source_file_name`, `target_file_name` and `prompt`, else `file_name` and `text`), or one of
+            WebDataset tars (`0001.source.png`, `0001.target.png` and `0001.txt`, or a `prompt` in `0001.json`;
+            `0001.png` and `0001.txt`).
         streaming (`bool`, defaults to `False`):
-            Whether to read the dataset as it comes, without a copy on disk.
+            Whether to read the data as they come, without a copy on disk.
         columns (`Mapping[str, str]`, *optional*):
-            The dataset's names of "source", "target", "prompt" and "id", where they are not those that are tried
-            (`COLUMNS`).
+            The data's names of "source", "target", "prompt" and "id" (a field within a column as "json.caption"),
+            where they are not those that are tried (`COLUMNS`, in their order).
         max_train_samples (`int`, *optional*):
             Use the first so many rows only.
         cache_dir (`str` or `Path`, *optional*):
@@ -271,32 +346,38 @@ def load_training_data(
         ValueError: If not exactly one source is given, it holds no samples, or a column is not there.
         ImportError: If the `datasets` package is needed and not installed.
     """
+    if kind not in COLUMNS:
+        raise ValueError(f"The kind of data has to be one of {list(COLUMNS)}, but is {kind!r}.")
     sources = {"jsonl": jsonl, "dataset_name": dataset_name, "train_data_dir": train_data_dir}
     given = [name for name, value in sources.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"Give one of {', '.join(sources)}, not {' and '.join(given) or 'none'}.")
+    columns = dict(columns or {})
+    parts = ["id", *COLUMNS[kind]]
+    if not set(columns) <= set(parts):
+        raise ValueError(f"Columns can be named for {parts}, not for {sorted(set(columns) - set(parts))}.")
+    if max_train_samples is not None and max_train_samples < 1:
+        raise ValueError(f"The number of samples to use has to be at least 1, but is {max_train_samples}.")
 
-    if jsonl is not None and not streaming:
-        fields = EDIT_FIELDS if kind == "edit" else T2I_FIELDS
-        listed = list(read_jsonl(jsonl, fields).values())[:max_train_samples]
-        own = {"id": "id", "source": "image_path", "target": "image_path_target", "prompt": "prompt"}
-        if kind == "t2i":
-            own = {"id": "id", "target": "image_path", "prompt": "prompt"}
-        reader = Rows(kind, own, Path(image_root) if image_root is not None else Path(jsonl).parent)
-        return TrainingDataset(listed, reader)
+    root = None if image_root is None else Path(image_root)
+    if jsonl is not None:
+        columns = JSONL_COLUMNS[kind] | columns
+        root = Path(jsonl).parent if root is None else root
+        if not streaming:
+            listed = list(read_jsonl(jsonl, columns.values()).values())
+            return TrainingDataset(listed[:max_train_samples], Rows(kind, columns, root))
 
     rows = _load_rows(
         jsonl, dataset_name, dataset_config_name, dataset_revision, split, train_data_dir, streaming, cache_dir
     )
-    names = _resolve_columns(kind, rows.column_names or [], columns or {})
-    root = Path(image_root) if image_root is not None else Path(jsonl).parent if jsonl is not None else None
-    reader = Rows(kind, names, root)
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError(f"{sources[given[0]]} holds no samples.")
+    reader = Rows(kind, _resolve_columns(kind, list_columns(first), columns), root)
     if streaming:
-        return StreamingDataset(rows if max_train_samples is None else rows.take(max_train_samples), reader)
+        return StreamingDataset(rows, reader, max_train_samples)
     if max_train_samples is not None:
         rows = rows.select(range(min(max_train_samples, len(rows))))
-    if len(rows) == 0:
-        raise ValueError(f"{dataset_name or train_data_dir} holds no samples.")
     return TrainingDataset(rows, reader)
 
 
@@ -316,25 +397,31 @@ def _load_rows(
     except ImportError as error:
         raise ImportError("This data is read by `datasets`: `pip install 'diffusers-dim[train]'`.") from error
 
+    path = Path(jsonl or train_data_dir or dataset_name)
     options: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
-    if jsonl is not None:
-        rows = datasets.load_dataset("json", data_files=str(jsonl), **options | {"split": "train"})
-    elif train_data_dir is not None:
-        folder = Path(train_data_dir)
-        tars = sorted(str(path) for path in folder.rglob("*.tar"))
-        if tars:
-            rows = datasets.load_dataset("webdataset", data_files={split: tars}, **options)
+    try:
+        if train_data_dir is not None:
+            tars = sorted(map(str, path.rglob("*.tar")))
+            if tars:
+                rows = datasets.load_dataset("webdataset", data_files={split: tars}, **options)
+            else:
+                rows = datasets.load_dataset("imagefolder", data_dir=str(path), **options)
+        elif jsonl is not None or path.is_file():
+            builder = "json" if jsonl is not None else FILE_BUILDERS.get(path.suffix)
+            if builder is None:
+                raise ValueError(f"A file of data has to end in one of {list(FILE_BUILDERS)}, but {path} does not.")
+            rows = datasets.load_dataset(builder, data_files={split: str(path)}, **options)
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(str(path))
+            if isinstance(rows, datasets.DatasetDict):
+                if split not in rows:
+                    raise ValueError(f"{path} has the splits {sorted(rows)}, but not {split!r}.")
+                rows = rows[split]
+            rows = rows.to_iterable_dataset(num_shards=min(len(rows), 64) or 1) if streaming else rows
         else:
-            rows = datasets.load_dataset("imagefolder", data_dir=str(folder), **options)
-    elif (Path(dataset_name) / "state.json").is_file() or (Path(dataset_name) / "dataset_dict.json").is_file():
-        rows = datasets.load_from_disk(dataset_name)
-        if isinstance(rows, datasets.DatasetDict):
-            if split not in rows:
-                raise ValueError(f"{dataset_name} has the splits {sorted(rows)}, but not {split!r}.")
-            rows = rows[split]
-        rows = rows.to_iterable_dataset(num_shards=min(len(rows), 64) or 1) if streaming else rows
-    else:
-        rows = datasets.load_dataset(dataset_name, dataset_config_name, revision=dataset_revision, **options)
+            rows = datasets.load_dataset(dataset_name, dataset_config_name, revision=dataset_revision, **options)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
     for name, feature in (rows.features or {}).items():
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -344,12 +431,11 @@ def _load_rows(
 def _resolve_columns(kind: Kind, there: list[str], given: Mapping[str, str]) -> dict[str, str]:
     """The column of each of a sample's parts."""
     columns = {}
-    for part, names in COLUMNS[kind].items():
+    for part, names in {**COLUMNS[kind], "id": ("id", "__key__")}.items():
         column = given.get(part) or next((name for name in names if name in there), None)
-        if column is None or column not in there:
+        if column in there:
+            columns[part] = column
+        elif part in given or part != "id":
             wanted = f"a column {column!r}" if column is not None else f"one of the columns {list(names)}"
             raise ValueError(f"The data need {wanted} for the {part}, but have {sorted(there)}: name the column.")
-        columns[part] = column
-    if given.get("id") or "id" in there:
-        columns["id"] = given.get("id") or "id"
     return columns

@@ -22,12 +22,15 @@ from huggingface_hub import get_token
 from .checkpoints import latest_checkpoint
 
 
-# What decides which sample and which noise a step sees: a resumed run must have the same.
-ORDER_SETTINGS = (
+# What decides which sample and which noise a step sees, and what a LoRA is: a resumed run must have the same.
+FIXED_SETTINGS = (
     "jsonl image_root dataset_name dataset_config_name dataset_revision dataset_split train_data_dir streaming"
     " precomputed_conditions max_train_samples resolution aspect_ratio_bucketing group_by_length"
     " gradient_accumulation_steps seed conditioning_dropout_prob"
+    " rank lora_alpha lora_layers lora_dropout use_dora train_connector"
 ).split()
+
+RESULTS = ("model_index.json", "pytorch_lora_weights.safetensors")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -223,18 +226,19 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def check_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses an output folder that another run has begun, and a resumed run whose data or noise would differ."""
+    """Refuses an output folder that another run has begun, and a resumed run that would go on otherwise."""
     output_dir = Path(args.output_dir)
+    finished = any((output_dir / name).exists() for name in RESULTS)
     if args.resume_from_checkpoint is None:
-        if latest_checkpoint(output_dir) is not None or (output_dir / "model_index.json").exists():
+        if latest_checkpoint(output_dir) is not None or finished:
             parser.error(
                 f"--output_dir {args.output_dir} holds another run: go on with it by --resume_from_checkpoint latest,"
                 " or choose another folder."
             )
         return
     if args.resume_from_checkpoint == "latest":
-        if latest_checkpoint(output_dir) is None and (output_dir / "model_index.json").exists():
-            parser.error(f"--output_dir {args.output_dir} holds a model but no checkpoint to resume from.")
+        if latest_checkpoint(output_dir) is None and finished:
+            parser.error(f"--output_dir {args.output_dir} holds a result but no checkpoint to resume from.")
     elif not Path(args.resume_from_checkpoint).is_dir():
         parser.error(f"--resume_from_checkpoint {args.resume_from_checkpoint} is not a folder.")
     settings = output_dir / "run.json"
@@ -242,8 +246,8 @@ def check_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         before = json.loads(settings.read_text())
         changed = [
             f"--{name} was {before.get(name)}, now {getattr(args, name, None)}"
-            for name in ORDER_SETTINGS
+            for name in FIXED_SETTINGS
             if name in before and before[name] != getattr(args, name, None)
         ]
         if changed:
-            parser.error(f"A resumed run must see the data in the order it began with, but {'; '.join(changed)}.")
+            parser.error(f"A resumed run must go on as it began, but {'; '.join(changed)}.")

@@ -92,6 +92,8 @@ SETTINGS = {
     "loss weighting": "weighting_scheme",
     "LoRA rank": "rank",
     "LoRA alpha": "lora_alpha",
+    "LoRA layers": "lora_layers",
+    "LoRA of the connector": "train_connector",
     "DoRA": "use_dora",
     "mixed precision": "mixed_precision",
     "gradient checkpointing": "gradient_checkpointing",
