@@ -7,6 +7,7 @@ import datasets
 import pytest
 from PIL import Image
 
+from diffusers_dim import DIMImageProcessor
 from diffusers_dim.data import (
     BatchOrder,
     SkippedSamples,
@@ -14,6 +15,7 @@ from diffusers_dim.data import (
     UnreadableSampleError,
     find_bucket,
     load_training_data,
+    records,
 )
 
 
@@ -133,9 +135,72 @@ def test_unreadable_samples_are_left_out_listed_once_and_not_replaced(tmp_path, 
     assert len(SkippedSamples(tmp_path)) == 2  # a resumed run's
 
 
+def test_sample_is_listed_once_whichever_processes_come_upon_it(tmp_path):
+    data = Numbers(8, broken=(5,))
+    for index in (0, 1):
+        skipped = SkippedSamples(tmp_path, index)
+        loader = TrainingLoader(data, 2, **SETTINGS, num_processes=2, process_index=index, skipped=skipped)
+        epochs = [batch.epoch for batch in take(loader, 40) if len(batch.samples) < 2]
+        assert len(epochs) > 2  # in each process's share now and then
+        assert len(skipped) == 1
+    assert sum(len(path.read_text().splitlines()) for path in tmp_path.glob("*.jsonl")) == 1
+
+
+def test_half_a_line_of_a_killed_run_is_cut_off(tmp_path):
+    lines = tmp_path / "skipped-0.jsonl"
+    lines.write_text('{"id": "a", "reason": "target: broken"}\n{"id": "b", "rea')
+    skipped = SkippedSamples(tmp_path)
+    assert len(skipped) == 1
+    skipped.add(UnreadableSampleError("b", "target: broken"))
+    assert [json.loads(line)["id"] for line in lines.read_text().splitlines()] == ["a", "b"]
+
+
+def test_share_of_unreadable_samples_is_empty_and_the_others_go_on():
+    shares = []
+    for index in (0, 1):
+        loader = TrainingLoader(Numbers(2, broken=(0,)), 1, **SETTINGS, num_processes=2, process_index=index)
+        shares.append(take(loader, 8))
+    for one, other in zip(*shares, strict=True):
+        assert numbers(one) + numbers(other) == [1]
+        assert sorted([one.positions, other.positions], key=len)[0] == []
+        assert (one.height, one.width) == (other.height, other.width) == (64, 64)
+
+
+def test_samples_without_a_size_are_in_no_batch_and_listed_by_one_process(tmp_path):
+    class Unsized(Numbers):
+        def size(self, index):
+            if index in self.broken:
+                raise UnreadableSampleError(str(index), "target: no such file")
+            return super().size(index)
+
+    for index in (1, 0):
+        loader = TrainingLoader(
+            Unsized(7, broken=(3,)),
+            1,
+            **SETTINGS,
+            aspect_ratio_bucketing=True,
+            num_processes=2,
+            process_index=index,
+            skipped=SkippedSamples(tmp_path, index),
+        )
+        assert loader.batches_per_epoch == 3
+        assert all(batch.samples for batch in take(loader, 9))
+        assert (tmp_path / "skipped-0.jsonl").exists() == (index == 0)
+    assert not (tmp_path / "skipped-1.jsonl").exists()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 30), (7, 300), (4000, 3000)])
+@pytest.mark.parametrize("resolution", [64, 1024])
+def test_bucket_is_the_size_that_the_pipelines_choose(size, resolution):
+    height, width = size
+    expected = DIMImageProcessor(32, resolution).get_default_height_width(Image.new("1", (width, height)))
+    assert find_bucket(size, resolution, 32, True) == expected
+    assert find_bucket(size, resolution, 32, False) == (resolution, resolution)
+
+
 def test_data_without_one_readable_picture_end_in_an_error():
     loader = TrainingLoader(Numbers(4, broken=range(4)), 2, **SETTINGS)
-    with pytest.raises(ValueError, match="None of the last 101 batches of process 0 could be read"):
+    with pytest.raises(ValueError, match="None of the last 101 batches .* could be read; of sample ., target: broken"):
         take(loader, 1000)
 
 
@@ -155,29 +220,55 @@ def test_settings_without_a_full_batch_are_refused(options, message):
 
 @pytest.fixture
 def stream(tmp_path):
+    """Fourteen pictures of two shapes in three shards, without ids; "b" is broken."""
     columns = {"image": [], "text": []}
-    for index in range(14):
-        Image.new("RGB", (64, 64) if index % 2 else (96, 48)).save(tmp_path / f"{index}.png")
-        columns["image"].append(str(tmp_path / f"{index}.png"))
-        columns["text"].append(str(index))
-    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    table.save_to_disk(tmp_path / "saved")
-    return load_training_data("t2i", dataset_name=str(tmp_path / "saved"), streaming=True)
+    for name in "abcdefghijklmn":
+        Image.new("RGB", (64, 64) if name < "h" else (96, 48)).save(tmp_path / f"{name}.png")
+        columns["image"].append((tmp_path / f"{name}.png").read_bytes()[: 60 if name == "b" else None])
+        columns["text"].append(name)
+    table = datasets.Dataset.from_dict(columns)
+    for number in range(3):
+        table.shard(3, number).to_parquet(tmp_path / f"train-{number}.parquet")
+    return load_training_data("t2i", dataset_name=str(tmp_path), streaming=True)
 
 
 def prompts(batches):
     return [[sample["prompt"] for sample in batch.samples] for batch in batches]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("bucketing", [False, True])
-def test_stream_is_shared_resumed_and_shuffled(stream, bucketing):
-    settings = {**SETTINGS, "aspect_ratio_bucketing": bucketing}
+def test_stream_is_shared_and_resumed(stream, bucketing, workers):
+    settings = {**SETTINGS, "aspect_ratio_bucketing": bucketing, "num_workers": workers}
     whole = take(TrainingLoader(stream, 4, **settings), 9)
     shares = [take(TrainingLoader(stream, 2, **settings, num_processes=2, process_index=index), 9) for index in (0, 1)]
-    assert prompts(whole) == [one + other for one, other in zip(*map(prompts, shares), strict=True)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert prompts([batch])[0] == sum(prompts(parts), [])
+        assert batch.positions == sum((part.positions for part in parts), [])
     assert prompts(take(TrainingLoader(stream, 4, **settings), 4, start=5)) == prompts(whole)[5:]
-    assert prompts(whole)[0] != sorted(prompts(whole)[0], key=int)
     assert {batch.epoch for batch in whole} >= {0, 1, 2}
+    wide = [{prompt >= "h" for prompt in names} for names in prompts(whole)]
+    assert all(len(shapes) == 1 for shapes in wide) == bucketing
+
+
+def test_stream_is_new_every_epoch_in_shards_and_rows(stream, monkeypatch):
+    monkeypatch.setattr(records, "SHUFFLE_BUFFER", 3)
+    orders = [[row["text"] for _, row in stream.shuffled(seed, epoch)] for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(order) == list("abcdefghijklmn") for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert len({order[0] < "f" for order in orders}) == 2  # not always from the first shard
+    assert [row["text"] for _, row in stream.shuffled(0, 1)] == orders[1]
+
+
+@pytest.mark.parametrize("bucketing", [False, True])
+def test_broken_picture_of_a_stream_is_listed_once(stream, tmp_path, bucketing):
+    skipped = SkippedSamples(tmp_path / "run")
+    loader = TrainingLoader(stream, 2, **SETTINGS, aspect_ratio_bucketing=bucketing, skipped=skipped)
+    batches = take(loader, 30)
+    assert batches[-1].epoch >= 4
+    assert "b" not in sum(prompts(batches), [])
+    (line,) = (tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "0-1"  # the first shard's second row
 
 
 def test_stream_without_a_full_batch_is_refused(stream):

@@ -3,6 +3,9 @@
 import io
 import json
 import re
+import shutil
+import struct
+import sys
 import tarfile
 
 import datasets
@@ -20,6 +23,12 @@ def picture(index, size=(48, 32)):
 def png(image):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def webp(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True)
     return buffer.getvalue()
 
 
@@ -76,50 +85,155 @@ def from_streamed_parquet(folder):
     return {**from_parquet(folder), "streaming": True}
 
 
-def from_tars(folder):
-    with tarfile.open(folder / "edits-000.tar", "w") as tar:
-        for edit in EDITS:
-            for suffix, content in (
-                ("source.png", png(edit["source"])),
-                ("target.png", png(edit["target"])),
-                ("txt", edit["prompt"].encode()),
-            ):
-                entry = tarfile.TarInfo(f"{edit['id']}.{suffix}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
+def from_parquet_file(folder):
+    return {"dataset_name": from_parquet(folder)["dataset_name"] + "/train.parquet"}
+
+
+def from_csv_with_paths(folder):
+    rows = [json.loads(line) for line in write_jsonl(folder).read_text().splitlines() if line]
+    lines = [f"{row['image_path']},{row['image_path_target']},{row['prompt']}" for row in rows]
+    (folder / "edits.csv").write_text("\n".join(["before,after,prompt", *lines]))
+    columns = {"source": "before", "target": "after"}
+    return {"dataset_name": str(folder / "edits.csv"), "image_root": folder, "columns": columns}
+
+
+def from_bytes(folder):
+    columns = {"source": [png(edit["source"]) for edit in EDITS], "target": [png(edit["target"]) for edit in EDITS]}
+    datasets.Dataset.from_dict({**columns, "instruction": PROMPTS}).to_parquet(folder / "train.parquet")
+    return {"dataset_name": str(folder)}
+
+
+def write_tars(folder, describe):
+    """Two tars, a member's ending and content from an edit by `describe`."""
+    for number, edits in enumerate((EDITS[:2], EDITS[2:])):
+        with tarfile.open(folder / f"edits-{number}.tar", "w") as tar:
+            for edit in edits:
+                for ending, content in describe(edit).items():
+                    entry = tarfile.TarInfo(f"{edit['id']}.{ending}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
     return {"train_data_dir": folder}
+
+
+def from_tars(folder):
+    return write_tars(
+        folder,
+        lambda edit: {
+            "source.png": png(edit["source"]),
+            "target.png": png(edit["target"]),
+            "txt": edit["prompt"].encode(),
+        },
+    )
+
+
+def from_tars_with_json(folder):
+    return write_tars(
+        folder,
+        lambda edit: {
+            "source.webp": webp(edit["source"]),
+            "target.webp": webp(edit["target"]),
+            "json": json.dumps({"edit_prompt": edit["prompt"], "size": {"width": 48}}).encode(),
+        },
+    )
 
 
 def from_streamed_tars(folder):
     return {**from_tars(folder), "streaming": True}
 
 
-SOURCES = [from_jsonl, from_parquet, from_disk, from_dict_on_disk, from_tars]
-STREAMS = [from_streamed_jsonl, from_streamed_parquet, from_streamed_tars]
+def from_streamed_tars_with_json(folder):
+    return {**from_tars_with_json(folder), "streaming": True}
+
+
+def from_picture_folder(folder):
+    write_jsonl(folder)
+    rows = [
+        {"source_file_name": f"e{i}_source.png", "target_file_name": f"e{i}_target.png", "prompt": prompt}
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    (folder / "edits.jsonl").unlink()
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"train_data_dir": folder}
+
+
+def from_zipped_picture_folder(folder):
+    (folder / "pictures").mkdir()
+    from_picture_folder(folder / "pictures")
+    (folder / "zipped").mkdir()
+    shutil.make_archive(folder / "zipped" / "edits", "zip", folder / "pictures")
+    return {"train_data_dir": folder / "zipped"}
+
+
+def from_streamed_zipped_picture_folder(folder):
+    return {**from_zipped_picture_folder(folder), "streaming": True}
+
+
+SOURCES = [
+    from_jsonl,
+    from_parquet,
+    from_parquet_file,
+    from_disk,
+    from_dict_on_disk,
+    from_csv_with_paths,
+    from_bytes,
+    from_tars,
+    from_tars_with_json,
+    from_picture_folder,
+    from_zipped_picture_folder,
+]
+STREAMS = [
+    from_streamed_jsonl,
+    from_streamed_parquet,
+    from_streamed_tars,
+    from_streamed_tars_with_json,
+    from_streamed_zipped_picture_folder,
+]
 
 
 @pytest.mark.parametrize("write", SOURCES + STREAMS)
 def test_samples_are_the_same_from_every_source(tmp_path, write):
     data = load_training_data("edit", **write(tmp_path), cache_dir=tmp_path / "cache")
     if write in STREAMS:
-        samples = [data.reader.sample(row, index) for index, row in enumerate(data.rows)]
+        rows = list(data.rows)
+        samples = [data.reader.sample(row, index) for index, row in enumerate(rows)]
+        sizes = [data.reader.size(row, index) for index, row in enumerate(rows)]
     else:
         samples = [data[index] for index in range(len(data))]
+        sizes = [data.size(index) for index in range(3)]
+        assert [data.id(index) for index in range(3)] == [sample["id"] for sample in samples]
         assert [data.length(index) for index in range(3)] == [len(prompt) for prompt in PROMPTS]
-        assert [data.size(index) for index in range(3)] == [(32, 48)] * 3
+    assert sizes == [(32, 48)] * 3
     assert [sample["prompt"] for sample in samples] == PROMPTS
+    assert len({sample["id"] for sample in samples}) == 3
     for sample, edit in zip(samples, EDITS, strict=True):
         for name in ("source", "target"):
             assert sample[name].mode == "RGB"
             assert np.array_equal(np.asarray(sample[name]), np.asarray(edit[name]))
 
 
-def test_picture_folder_gives_pictures_and_captions(tmp_path):
-    with open(tmp_path / "metadata.jsonl", "w") as lines:
+def picture_folder_with_captions(folder):
+    with open(folder / "metadata.csv", "w") as lines:
+        lines.write("file_name,text\n")
         for index, prompt in enumerate(PROMPTS):
-            picture(index).save(tmp_path / f"{index}.png")
-            lines.write(json.dumps({"file_name": f"{index}.png", "text": prompt}) + "\n")
-    data = load_training_data("t2i", train_data_dir=tmp_path, cache_dir=tmp_path / "cache")
+            picture(index).save(folder / f"{index}.png")
+            lines.write(f"{index}.png,{prompt}\n")
+    return {"train_data_dir": folder}
+
+
+def tars_with_captions(folder):
+    return write_tars(folder, lambda edit: {"png": png(edit["source"]), "txt": edit["prompt"].encode()})
+
+
+def jsonl_with_captions(folder):
+    write_jsonl(folder)
+    rows = [{"id": i, "image_path": f"e{i}_source.png", "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
+    (folder / "pictures.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"jsonl": folder / "pictures.jsonl"}
+
+
+@pytest.mark.parametrize("write", [picture_folder_with_captions, tars_with_captions, jsonl_with_captions])
+def test_pictures_with_captions_need_no_source(tmp_path, write):
+    data = load_training_data("t2i", **write(tmp_path), cache_dir=tmp_path / "cache")
     assert [data[index]["prompt"] for index in range(3)] == PROMPTS
     assert np.array_equal(np.asarray(data[1]["target"]), np.asarray(picture(1)))
     assert "source" not in data[0]
@@ -143,20 +257,63 @@ def test_pictures_are_read_as_people_see_them(tmp_path):
     assert data.size(0) == (48, 32)
 
 
-@pytest.mark.parametrize("broken", ["missing", "empty", "truncated", "text"])
-def test_broken_pictures_are_unreadable_and_named(tmp_path, broken):
+def jpeg_with_broken_exif():
+    """The orientation is that of a turned picture, the width is said to be a text."""
+    entries = struct.pack("<HHI4s", 0x0100, 2, 4, b"abc") + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    buffer = io.BytesIO()
+    picture(1).save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()
+
+
+BROKEN = {
+    "missing": None,
+    "empty": b"",
+    "truncated": png(picture(1))[:60],
+    "text": b"no picture",
+    "broken EXIF": jpeg_with_broken_exif(),
+    "too long": png(Image.new("RGB", (402, 2))),
+}
+
+
+@pytest.mark.parametrize("name", ["source", "target"])
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_broken_pictures_are_unreadable_and_named(tmp_path, content, name):
     path = write_jsonl(tmp_path)
-    target = tmp_path / "e1_target.png"
-    content = target.read_bytes()
-    target.unlink()
-    if broken != "missing":
-        target.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "text": b"no picture"}[broken])
+    (tmp_path / f"e1_{name}.png").unlink()
+    if content is not None:
+        (tmp_path / f"e1_{name}.png").write_bytes(content)
     data = load_training_data("edit", jsonl=path)
     with pytest.raises(UnreadableSampleError) as error:
         data[1]
     assert error.value.id == "e1"
-    assert error.value.reason.startswith("target: ")
+    assert error.value.reason.startswith(f"{name}: ")
     assert data[0]["id"] == "e0"
+
+
+@pytest.mark.parametrize("value", [None, 7, {"bytes": None, "path": None}])
+def test_value_that_is_no_picture_is_unreadable(tmp_path, value):
+    row = {"id": 1, "image_path": value, "prompt": "a hat"}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(row))
+    data = load_training_data("t2i", jsonl=tmp_path / "lines.jsonl")
+    for read in (data.size, data.__getitem__):
+        with pytest.raises(UnreadableSampleError, match="target: a picture has to be a path or bytes, but is"):
+            read(0)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_size_is_read_without_decoding(tmp_path, orientation):
+    path = write_jsonl(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    target = tmp_path / "e1_target.png"
+    Image.fromarray(noise).save(target, exif=exif)
+    target.write_bytes(target.read_bytes()[:200])  # the header, EXIF, and a little of the pixels
+    data = load_training_data("edit", jsonl=path)
+    assert data.size(1) == {1: (32, 48), 6: (48, 32)}[orientation]
+    with pytest.raises(UnreadableSampleError):
+        data[1]
 
 
 @pytest.mark.parametrize(
@@ -188,11 +345,92 @@ def test_one_source_is_needed(arguments, message):
         load_training_data("edit", **arguments)
 
 
-@pytest.mark.parametrize("columns", [None, {"prompt": "words"}])
-def test_wrong_columns_are_told_with_those_that_are_there(tmp_path, columns):
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("columns", "wanted"), [(None, r"one of the columns \['prompt', .*\]"), ({"prompt": "words"}, "a column 'words'")]
+)
+def test_wrong_columns_are_told_with_those_that_are_there(tmp_path, columns, wanted, streaming):
     table(["source_image", "edited_image", "said"]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"for the prompt, but have \['edited_image', 'said', 'source_image'\]"):
-        load_training_data("edit", dataset_name=str(tmp_path), columns=columns, cache_dir=tmp_path / "cache")
+    with pytest.raises(
+        ValueError, match=f"need {wanted} for the prompt, but have .'edited_image', 'said', 'source_image'"
+    ):
+        load_training_data(
+            "edit",
+            dataset_name=str(tmp_path),
+            columns=columns,
+            streaming=streaming,
+            cache_dir=tmp_path / "cache",
+        )
+
+
+def test_fields_within_a_column_are_listed_and_may_be_named(tmp_path):
+    rows = [{"image": png(picture(0)), "captions": {"short": "a", "long": "a hat"}}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"but have \['captions', 'captions.long', 'captions.short', 'image'\]"):
+        load_training_data("t2i", dataset_name=str(tmp_path), cache_dir=tmp_path / "cache")
+    columns = {"prompt": "captions.long"}
+    data = load_training_data("t2i", dataset_name=str(tmp_path), columns=columns, cache_dir=tmp_path / "cache")
+    assert (data[0]["prompt"], data.length(0)) == ("a hat", 5)
+
+
+def test_columns_may_be_named_for_a_jsonl(tmp_path):
+    data = load_training_data("edit", jsonl=write_jsonl(tmp_path), columns={"prompt": "kind", "id": "prompt"})
+    assert (data[0]["prompt"], data.id(0)) == ("add", PROMPTS[0])
+    with pytest.raises(ValueError, match=r"line 1 lacks \['words'\]"):
+        load_training_data("edit", jsonl=tmp_path / "edits.jsonl", columns={"prompt": "words"})
+
+
+def empty_folder(folder):
+    (folder / "empty").mkdir()
+    return {"train_data_dir": folder / "empty"}
+
+
+def missing_folder(folder):
+    return {"train_data_dir": folder / "missing"}
+
+
+def empty_table(folder):
+    table(["source", "target", "prompt"]).select([]).save_to_disk(folder / "saved")
+    return {"dataset_name": str(folder / "saved")}
+
+
+def empty_stream(folder):
+    table(["source", "target", "prompt"]).select([]).to_parquet(folder / "train.parquet")
+    return {"dataset_name": str(folder), "streaming": True}
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (empty_folder, "cannot be loaded: .*doesn't contain any data files"),
+        (missing_folder, "missing cannot be loaded"),
+        (empty_table, "saved holds no samples"),
+        (empty_stream, "holds no samples"),
+        (lambda folder: {"jsonl": write_jsonl(folder), "max_train_samples": 0}, "has to be at least 1, but is 0"),
+        (lambda folder: {**from_dict_on_disk(folder), "split": "test"}, r"has the splits \['train'\], but not 'test'"),
+        (lambda folder: {**from_parquet(folder), "split": "test"}, r"Unknown split \"test\""),
+        (lambda folder: {"dataset_name": str(write_jsonl(folder).rename(folder / "a.txt"))}, "has to end in one of"),
+        (
+            lambda folder: {"jsonl": write_jsonl(folder), "columns": {"pompt": "kind"}},
+            r"named for \['id', 'source', 'target', 'prompt'\], not for \['pompt'\]",
+        ),
+    ],
+)
+def test_data_that_make_no_sense_are_refused_at_once(tmp_path, write, message):
+    with pytest.raises(ValueError, match=message):
+        load_training_data("edit", **write(tmp_path), cache_dir=tmp_path / "cache")
+
+
+def test_unknown_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"one of \['edit', 't2i'\], but is 'video'"):
+        load_training_data("video", jsonl=write_jsonl(tmp_path))
+
+
+def test_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'diffusers-dim\[train\]'"):
+        load_training_data("edit", dataset_name=str(tmp_path))
+    assert len(load_training_data("edit", jsonl=write_jsonl(tmp_path))) == 3  # needs none
 
 
 @pytest.mark.parametrize(
@@ -211,5 +449,11 @@ def test_jsonl_faults_are_named_by_line(tmp_path, text, message):
         read_jsonl(tmp_path / "lines.jsonl", ("id", "prompt"))
 
 
-def test_first_samples_alone_may_be_used(tmp_path):
-    assert len(load_training_data("edit", jsonl=write_jsonl(tmp_path), max_train_samples=2)) == 2
+@pytest.mark.parametrize("write", [from_jsonl, from_parquet, from_streamed_tars])
+def test_first_samples_alone_may_be_used(tmp_path, write):
+    data = load_training_data("edit", **write(tmp_path), max_train_samples=2, cache_dir=tmp_path / "cache")
+    if write is from_streamed_tars:
+        samples = [data.reader.sample(row, number) for number, row in data.shuffled(0, 0)]
+    else:
+        samples = [data[index] for index in range(len(data))]
+    assert sorted(sample["prompt"] for sample in samples) == PROMPTS[:2]
