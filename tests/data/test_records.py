@@ -365,11 +365,11 @@ def test_wrong_columns_are_told_with_those_that_are_there(tmp_path, columns, wan
 
 def test_fields_within_a_column_are_listed_and_may_be_named(tmp_path):
     rows = [{"image": png(picture(0)), "captions": {"short": "a", "long": "a hat"}}]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    source = {"dataset_name": str(tmp_path / "data"), "cache_dir": tmp_path / "cache"}
     with pytest.raises(ValueError, match=r"but have \['captions', 'captions.long', 'captions.short', 'image'\]"):
-        load_training_data("t2i", dataset_name=str(tmp_path), cache_dir=tmp_path / "cache")
-    columns = {"prompt": "captions.long"}
-    data = load_training_data("t2i", dataset_name=str(tmp_path), columns=columns, cache_dir=tmp_path / "cache")
+        load_training_data("t2i", **source)
+    data = load_training_data("t2i", **source, columns={"prompt": "captions.long"})
     assert (data[0]["prompt"], data.length(0)) == ("a hat", 5)
 
 
@@ -390,13 +390,12 @@ def missing_folder(folder):
 
 
 def empty_table(folder):
-    table(["source", "target", "prompt"]).select([]).save_to_disk(folder / "saved")
-    return {"dataset_name": str(folder / "saved")}
+    table(["source", "target", "prompt"]).select([]).to_parquet(folder / "train.parquet")
+    return {"dataset_name": str(folder)}
 
 
 def empty_stream(folder):
-    table(["source", "target", "prompt"]).select([]).to_parquet(folder / "train.parquet")
-    return {"dataset_name": str(folder), "streaming": True}
+    return {**empty_table(folder), "streaming": True}
 
 
 @pytest.mark.parametrize(
@@ -404,7 +403,7 @@ def empty_stream(folder):
     [
         (empty_folder, "cannot be loaded: .*doesn't contain any data files"),
         (missing_folder, "missing cannot be loaded"),
-        (empty_table, "saved holds no samples"),
+        (empty_table, "corresponds to no data"),
         (empty_stream, "holds no samples"),
         (lambda folder: {"jsonl": write_jsonl(folder), "max_train_samples": 0}, "has to be at least 1, but is 0"),
         (lambda folder: {**from_dict_on_disk(folder), "split": "test"}, r"has the splits \['train'\], but not 'test'"),

@@ -31,6 +31,9 @@ needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not
 ENGINES = ["ddp", "fsdp2"]
 DEEPSPEED_ENGINES = ["deepspeed_zero2", "deepspeed_zero3"]
 
+# Of the 12 edits, by two a step.
+ONE_EPOCH = ["--max_train_steps", 6, "--checkpointing_steps", 100]
+
 
 def free_port() -> int:
     with socket.socket() as server:
@@ -163,7 +166,7 @@ def two_processes(edit_folder, edits, some_missing, killed, tmp_path_factory):
     sharded = ["--shard_text_encoder", "--gradient_checkpointing", "--validation_shapes", 2]
     runs.add("fsdp2", "fsdp2", edits, *sharded)
     runs.add(*resumed["fsdp2"])
-    runs.add("missing", "ddp", some_missing, "--train_batch_size", 1, "--max_train_steps", 12, "--shard_text_encoder")
+    runs.add("missing", "ddp", some_missing, *ONE_EPOCH, "--train_batch_size", 1, "--shard_text_encoder")
     runs.add("came", "fsdp2", edits, "--optimizer", "came")
     assert runs.finish().keys() == {"came"}
     return folder
@@ -192,7 +195,7 @@ def test_run_killed_while_saving_goes_on_from_the_last_whole_checkpoint(two_proc
 
 
 def test_process_without_readable_samples_takes_part(two_processes, some_missing, edit_folder, tmp_path):
-    more = ["--train_batch_size", 2, "--max_train_steps", 12]
+    more = [*ONE_EPOCH, "--train_batch_size", 2]
     run_script(SCRIPT, *run_options(edit_folder, some_missing, tmp_path / "run", *more))
     assert read_losses(two_processes / "missing") == pytest.approx(read_losses(tmp_path / "run"), rel=1e-5)
 

@@ -170,6 +170,8 @@ def save_model_card(
     base_model = _public(base_models[0]) if base_models else "the base model"
 
     settings = {label: args.get(name) for label, name in SETTINGS.items()}
+    if args.get("dataset_name") is None:
+        settings["its split"] = None
     if args.get("use_ema"):
         settings["moving average"] = f"decay {args.get('ema_decay')}"
     results = {

@@ -43,8 +43,8 @@ PIPELINE_KINDS = {"DIMEditPipeline": "edit", "DIMPipeline": "t2i", "SanaPipeline
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
     """
-    The accelerator of the run options, with seeds, logging and TF32 set. `args.frozen_dtype` takes that of the mixed
-    precision where none was given.
+    The accelerator of the run options, with seeds, logging and TF32 set. `args.mixed_precision` and
+    `args.frozen_dtype` take the launcher's where none was given.
     """
     accelerator = distributed_accelerator(
         args.train_batch_size,
@@ -54,6 +54,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=args.logging_dir),
     )
+    args.mixed_precision = accelerator.mixed_precision
     if args.frozen_dtype is None:
         args.frozen_dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(accelerator.mixed_precision, "float32")
     check_optimizer(accelerator, optimizer_settings(args, accelerator)["name"])
