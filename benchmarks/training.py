@@ -14,6 +14,7 @@ import concurrent.futures
 import dataclasses
 import gc
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -548,16 +549,20 @@ def bench_optimizers(bench: TrainingBench) -> dict[str, Any]:
 
 def state_bytes(bench: TrainingBench, optimizer: str) -> int:
     """
-    Bytes of an optimizer's state of the preset's model: by a step of weights that have shapes but no memory, of 8-bit
-    AdamW by bitsandbytes' rule (two moments of a byte, and two float32 for each block of 256; small weights in full).
+    Bytes of an optimizer's state of the preset's model, counted on weights that have shapes but no memory: of AdamW
+    two float32 moments; of 8-bit AdamW, by bitsandbytes' rule, two moments of a byte and two float32 for each block of
+    256, of small weights two float32 moments; of CAME what a step of it leaves.
     """
     with init_empty_weights():
         models = DIMConnector(**bench.preset.connector), DIMTransformer2DModel(**bench.preset.transformer)
     parameters = [parameter for model in models for parameter in model.parameters()]
+    counts = [parameter.numel() for parameter in parameters]
+    if optimizer == "adamw":
+        return sum(2 * 4 * count for count in counts)
     if optimizer == "adamw8bit":
         return sum(
-            2 * count + 2 * 4 * -(-count // BLOCK_8BIT) if count >= SMALLEST_8BIT else 2 * 4 * count
-            for count in (parameter.numel() for parameter in parameters)
+            2 * count + 2 * 4 * math.ceil(count / BLOCK_8BIT) if count >= SMALLEST_8BIT else 2 * 4 * count
+            for count in counts
         )
     made = create_optimizer(parameters, optimizer, LEARNING_RATE)
     for parameter in parameters:

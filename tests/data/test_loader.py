@@ -248,6 +248,8 @@ def test_stream_is_shared_and_resumed(stream, bucketing, workers):
     assert prompts(take(TrainingLoader(stream, 4, **settings), 4, start=5)) == prompts(whole)[5:]
     assert {batch.epoch for batch in whole} >= {0, 1, 2}
     assert all(set(batch.positions) <= set(range(4 * n, 4 * n + 4)) for n, batch in enumerate(whole))
+    first, second = (sum(prompts(batch for batch in whole if batch.epoch == epoch), []) for epoch in (0, 1))
+    assert first != second
     wide = [{prompt >= "h" for prompt in names} for names in prompts(whole)]
     assert all(len(shapes) == 1 for shapes in wide) == bucketing
 

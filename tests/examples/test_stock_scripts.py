@@ -43,35 +43,28 @@ def picture(golden_edit) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def gemma(golden_t2i, tmp_path_factory) -> Path:
-    """A `tokenizer` and a `text_encoder` of SANA's kind, as wide as the golden transformers' conditions."""
-    folder = tmp_path_factory.mktemp("gemma")
-    width = json.loads((golden_t2i.path / "transformer_config.json").read_text())["caption_channels"]
+def as_sana(golden_t2i, tmp_path_factory):
+    """
+    `as_sana(folder)`: a SanaPipeline's folder around the transformer and the autoencoder of a folder of DIM's, with a
+    text encoder as wide as the golden transformers' conditions.
+    """
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = GemmaTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[])
-    tokenizer.save_pretrained(folder / "tokenizer")
-    torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=len(words),
-        hidden_size=width,
+        hidden_size=json.loads((golden_t2i.path / "transformer_config.json").read_text())["caption_channels"],
         intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=16,
     )
-    Gemma2Model(config).save_pretrained(folder / "text_encoder")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def as_sana(gemma, tmp_path_factory):
-    """A SanaPipeline's folder around the transformer and the autoencoder of a folder of DIM's."""
+    torch.manual_seed(0)
+    text_encoder = Gemma2Model(config)
 
     def as_sana(base: Path) -> Path:
         pipe = SanaPipeline(
-            tokenizer=GemmaTokenizer.from_pretrained(gemma, subfolder="tokenizer"),
-            text_encoder=Gemma2Model.from_pretrained(gemma, subfolder="text_encoder"),
+            tokenizer=GemmaTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[]),
+            text_encoder=text_encoder,
             vae=AutoencoderDC.from_pretrained(base, subfolder="vae"),
             transformer=SanaTransformer2DModel.from_pretrained(base, subfolder="transformer"),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from script_runs import read_losses, run_script, spawn_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_dim import DIMEditPipeline
 from diffusers_dim.tiny import sample_edits
@@ -36,6 +37,7 @@ def unbroken(edit_folder, edits, tmp_path_factory):
     validation = ["--validation_prompt", "remove it", "--validation_image", source, "--validation_target", target]
     validation += ["--validation_steps", 4]
     validation += ["--validation_blueprint", "1. Edit Instruction: remove it", "--validation_shapes", 6]
+    validation += ["--report_to", "tensorboard"]
     run_script(SCRIPT, *options(edit_folder, edits, output, "--checkpoints_total_limit", 2, *validation))
     return output
 
@@ -63,6 +65,15 @@ def test_curves_sheets_scores_and_a_card_are_left(unbroken):
     assert all(0 <= line["success"] <= 1 for line in scores)
     assert "library_name: diffusers" in (unbroken / "README.md").read_text()
     assert (unbroken / "losses.png").exists()
+
+
+def test_tensorboard_shows_curves_scores_and_sheets(unbroken):
+    events = EventAccumulator(str(unbroken / "logs" / "diffusers-dim")).Reload()
+    tags = events.Tags()
+    assert {"loss", "lr", "grad_norm", "samples_per_second", "memory_gb", "validation/success"} <= set(tags["scalars"])
+    assert any(tag.startswith("loss/0.") for tag in tags["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Images("validation")] == [4, 6]
 
 
 def test_killed_run_resumes_to_the_losses_and_weights_of_the_unbroken_one(unbroken, edit_folder, edits, tmp_path):
