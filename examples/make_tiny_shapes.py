@@ -484,8 +484,10 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=Path(".tiny_work"))
     parser.add_argument("--output", type=Path, help="Where the pipeline goes; `work_dir/shapes` by default.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stage1_edits", type=int, default=40_000)
     parser.add_argument("--stage1_steps", type=int, default=3600)
-    parser.add_argument("--stage2_steps", type=int, default=2400)
+    parser.add_argument("--stage2_edits", type=int, default=10_000)
+    parser.add_argument("--stage2_steps", type=int, default=3300)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--held_out", type=int, default=300, help="Edits to measure success on.")
     args = parser.parse_args()
@@ -496,8 +498,10 @@ def main() -> None:
     build_text_encoder(args.work_dir, args.seed)
     train_autoencoder(args.work_dir, args.seed)
     build_base(args.work_dir, args.seed)
-    train_stage(args.work_dir, 1, "base", args.seed, 40_000, args.stage1_steps, 1e-3, args.mixed_precision)
-    train_stage(args.work_dir, 2, "stage1", args.seed, 10_000, args.stage2_steps, 5e-4, args.mixed_precision)
+    train_stage(args.work_dir, 1, "base", args.seed, args.stage1_edits, args.stage1_steps, 1e-3, args.mixed_precision)
+    train_stage(
+        args.work_dir, 2, "stage1", args.seed, args.stage2_edits, args.stage2_steps, 7e-4, args.mixed_precision
+    )
     export(args.work_dir, output)
     measure(args.work_dir, output, args.held_out)
 
