@@ -284,10 +284,6 @@ def encode_shard(
 
     for index, row, sample in reads:
         rows[index] = row
-        if sample is not None:
-            found = [token for token in pipe.processor.tokenizer.all_special_tokens if token in sample["prompt"]]
-            if found:
-                row["reason"] = f"prompt: holds the tokenizer's special tokens {found}"
         if "reason" in row:
             bar.update()
             continue

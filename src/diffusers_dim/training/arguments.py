@@ -71,7 +71,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
     )
     data.add_argument("--group_by_length", action="store_true", help="Batch prompts of like length: less padding.")
     data.add_argument("--max_sequence_length", type=int, default=8192, help="The last condition tokens that are kept.")
-    data.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that read pictures.")
+    data.add_argument("--dataloader_num_workers", type=int, default=0, help="Threads that read pictures ahead.")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
