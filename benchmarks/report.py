@@ -1,4 +1,4 @@
-"""Writes the README's tables and `docs/speed.png` from the JSONs of `benchmarks/results`.
+"""Writes the README's tables, those of `docs/training_speed.md` and `docs/speed.png` from `benchmarks/results`.
 
 python benchmarks/report.py
 """
@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "speed.png"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+TRAINING_PAGE = ROOT / "docs" / "training_speed.md"
+TRAINING_BEGIN, TRAINING_END = "<!-- train-bench:begin -->", "<!-- train-bench:end -->"
 UNMEASURED = "unmeasured"
 # Which JSON holds what: the published width on a CPU, the published model on a GPU, the embedded model.
 CPU, GPU, EMBEDDED = "cpu", "full", "embedded"
@@ -52,6 +54,15 @@ APPROXIMATIONS = {
     "half_of_the_steps": "half of the steps",
     "a_third_of_the_steps": "a third of the steps",
 }
+TRAINING = {
+    "stock": "stock",
+    "stock_checkpointing": "stock, gradient checkpointing",
+    "ours": "ours",
+    "ours_checkpointing": "ours, gradient checkpointing",
+    "ours_compiled": "ours, compiled",
+    "ours_compiled_checkpointing": "ours, compiled, gradient checkpointing",
+}
+OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "8-bit AdamW", "came": "CAME"}
 GROWTH = {"size": "{} px", "batch": "batch {}", "tokens": "{} condition tokens"}
 GROWTH_VALUES = {
     "size": [512, 1024, 2048, 4096],
@@ -258,18 +269,140 @@ def make_report(folder: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
-def update_readme(path: Path, report: str) -> None:
+def gigabytes(value: float | None) -> str:
+    return number(value and value / 1e9, "{:.2f} GB")
+
+
+def training_rates(timing: dict[str, Any]) -> list[str]:
+    """What a timing of training steps says of a sample, of the work and of the device."""
+    share = get(timing, "share_of_matmul_rate")
+    mfu = get(timing, "mfu")
+    return [
+        seconds(get(timing, "seconds_a_sample")),
+        number(get(timing, "times_faster_than_stock")),
+        number(get(timing, "times_faster_by_processor")),
+        number(share, "{:.0%}"),
+        number(mfu, "{:.0%}"),
+    ]
+
+
+def equality_table(results: Results) -> str:
+    rows = []
+    for file, place in TRAINING_PLACES.items():
+        cells = results.section(file, "equality")
+        for name, words in TRAINING.items():
+            row = [
+                number(get(cells, dtype, name, what), "{:.1e}")
+                for dtype in ("float32", "bfloat16")
+                for what in ("loss", "gradient")
+            ]
+            if set(row) != {UNMEASURED}:
+                rows.append([f"{place}: {words}", *row])
+    head = ["difference to stock in float32", "loss, float32", "gradient, float32", "loss, bf16", "gradient, bf16"]
+    return table(head, rows or [["", *[UNMEASURED] * 4]])
+
+
+def step_table(results: Results, section: str) -> str:
+    """Variants at batch 1, or each at the largest batch that fits."""
+    rows = []
+    for file, place in TRAINING_PLACES.items():
+        cell = results.section(file, section)
+        for name, words in TRAINING.items():
+            timing = get(cell, "variants", name)
+            if timing is None and file != f"training_{GPU}":
+                continue
+            row = training_rates(timing or {})
+            if section == "largest_batch":
+                batch = get(timing, "batch")
+                more = " or more" if get(timing, "capped") else ""
+                memory = get(cell, "memory")
+                row = [gigabytes(memory), number(batch, "{}") + more, gigabytes(get(timing, "peak_bytes")), *row]
+            rows.append([f"{place}: {words}", *row])
+    head = ["a sample", "times faster than stock", "by processor time", "of the matmul rate", "MFU"]
+    if section == "largest_batch":
+        head = ["memory", "largest batch", "its peak", *head]
+    return table(["", *head], rows)
+
+
+def sizes_table(results: Results) -> str:
+    rows = []
+    for file, place in TRAINING_PLACES.items():
+        cells = results.section(file, "table")
+        for size, batches in cells.items():
+            for batch, cell in batches.items():
+                for name in ("ours_checkpointing", "ours_compiled_checkpointing"):
+                    timing = get(cell, "variants", name)
+                    if timing is not None:
+                        row = [number(get(cell, "tokens"), "{}"), *training_rates(timing)[:1]]
+                        row += [*training_rates(timing)[3:], gigabytes(get(cell, "peak_bytes"))]
+                        rows.append([f"{place}: {size} px, batch {batch}, {TRAINING[name]}", *row])
+        if not cells and file == f"training_{GPU}":
+            rows.append([place, *[UNMEASURED] * 5])
+    return table(["", "condition tokens", "a sample", "of the matmul rate", "MFU", "peak memory"], rows)
+
+
+def optimizer_table(results: Results) -> str:
+    measured = results.section(f"training_{GPU}", "optimizers")
+    counted = measured or results.section(f"training_{CPU}", "optimizers")
+    rows = []
+    for name, words in OPTIMIZERS.items():
+        timing = get(measured, name)
+        rows.append(
+            [
+                words,
+                gigabytes(get(counted, name, "published_state_bytes")),
+                gigabytes(get(timing, "peak_bytes")),
+                seconds(get(timing, "ours_checkpointing", "median_seconds")),
+            ]
+        )
+    head = ["published model", "state, counted", "peak memory on the GPU", "step on the GPU"]
+    return table(head, rows)
+
+
+# Files of `benchmarks/training.py`, and what they are called.
+TRAINING_PLACES = {f"training_{CPU}": "CPU", f"training_{EMBEDDED}": "embedded, CPU", f"training_{GPU}": "GPU"}
+
+
+def training_report(folder: Path = RESULTS) -> str:
+    """The tables of `docs/training_speed.md`, in Markdown, of the JSONs in a folder."""
+    results = Results(folder)
+    form = "; {layers} layers, {size} px, {tokens} condition tokens"
+    settings = {
+        section: ". ".join(
+            f"{place}: {results.setting(file, section)}{sizes(results, file, section, form)}"
+            f"{sizes(results, file, section, ', load average {load_average[0]:.1f} to {load_average[1]:.1f}')}"
+            for file, place in TRAINING_PLACES.items()
+        )
+        for section in ("equality", "step", "largest_batch", "table", "optimizers")
+    }
+    parts = [
+        "Losses and gradients are equal to rounding: relative differences on a padded batch with a dropped condition. "
+        f"{settings['equality']}.",
+        equality_table(results),
+        f"A step at batch 1. {settings['step']}.",
+        step_table(results, "step"),
+        f"Each at the largest batch that fits the memory. {settings['largest_batch']}.",
+        step_table(results, "largest_batch"),
+        f"Sizes and batches. {settings['table']}.",
+        sizes_table(results),
+        f"Optimizers. {settings['optimizers']}.",
+        optimizer_table(results),
+    ]
+    return "\n\n".join(parts)
+
+
+def update_readme(path: Path, report: str, begin: str = BEGIN, end: str = END) -> None:
     """
-    Puts the report between the README's markers.
+    Puts a report between a page's markers.
 
     Raises:
         ValueError: If the markers are not there.
     """
     text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path} has to hold the lines {BEGIN} and {END} once each.")
-    head, rest = text.split(BEGIN)
-    path.write_text(f"{head}{BEGIN}\n{report}\n{END}{rest.split(END)[1]}")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path} has to hold the lines {begin} and {end} once each.")
+    head, rest = text.split(begin)
+    path.write_text(f"{head}{begin}\n{report}\n{end}{rest.split(end)[1]}")
 
 
 def draw(folder: Path, path: Path) -> None:
@@ -372,9 +505,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the JSONs.")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="Whose tables are written anew.")
+    parser.add_argument("--training_page", type=Path, default=TRAINING_PAGE, help="Its tables, too.")
     parser.add_argument("--plot", type=Path, default=PLOT)
     args = parser.parse_args()
     update_readme(args.readme, make_report(args.results))
+    update_readme(args.training_page, training_report(args.results), TRAINING_BEGIN, TRAINING_END)
     if any(args.results.glob("*.json")):
         draw(args.results, args.plot)
 

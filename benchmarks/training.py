@@ -11,6 +11,7 @@ the very same weights on the same batches. Results go to `benchmarks/results/tra
 
 import argparse
 import concurrent.futures
+import ctypes
 import dataclasses
 import gc
 import json
@@ -19,6 +20,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +44,7 @@ from diffusers_dim.training import (
     training_flops,
 )
 from diffusers_dim.training.monitor import peak_tflops
-from measure import Machine, Unmeasured, device_name, measure, measure_machine, package_versions, unmeasured
+from measure import Unmeasured, device_name, measure, package_versions, synchronize, unmeasured
 from presets import EMBEDDED, PRESETS, Preset
 
 
@@ -51,6 +53,8 @@ MAX_GRAD_NORM = 0.1
 FLOW_SHIFT = 3.0
 VLM_PATCH = 28  # pixels on a side that are one vision token
 FITS = 0.1  # what the search for the largest batch leaves open, as a share of it
+# Where Linux tells a process of its memory, and forgets the peak.
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 BLOCK_8BIT, SMALLEST_8BIT = 256, 4096  # bitsandbytes' blocks, and the weights that it keeps in 32 bits
 
 
@@ -90,7 +94,7 @@ TRAINING_PRESETS = {
         size=256,
         tokens=160,
         runs=5,
-        memory=5_500_000_000,
+        memory=5_000_000_000,
         largest_batch=32,
         table={"size": [128, 256, 512], "batch": [1, 4]},
     ),
@@ -178,13 +182,14 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class TrainingBench:
-    """What to train, on what, in which dtype under autocast, and the command that says so for a child process."""
+    """What to train, on what, in which dtype under autocast, and with how many threads of the CPU."""
 
     preset: TrainingPreset
     device: torch.device
     dtype: torch.dtype
-    machine: Machine
+    matmul_rate: float
     variants: list[str]
+    threads: int
 
     def connector_and_transformer(self) -> tuple[DIMConnector, DIMTransformer2DModel]:
         """Weights to train, random ones from a fixed seed, or the embedded model's."""
@@ -241,18 +246,37 @@ class TrainingBench:
         configs = self.preset.transformer, self.preset.connector
         return sum(training_flops(*configs, side, side, tokens) for tokens in self.lengths(batch_size, size))
 
-    def rates(self, seconds: float, batch_size: int, size: int | None = None) -> dict[str, float]:
-        """What a step's time comes to."""
-        flops_per_second = self.flops(batch_size, size) / seconds
+    def rates(
+        self, seconds: float, processor_seconds: float | None, batch_size: int, size: int | None = None
+    ) -> dict[str, float]:
+        """What a step's time comes to; on a CPU the share of the matmul rate is by the processor's time."""
+        flops = self.flops(batch_size, size)
         rates = {
             "seconds_a_sample": seconds / batch_size,
-            "tflops": flops_per_second / 1e12,
-            "share_of_matmul_rate": flops_per_second / self.machine.flops_per_second,
+            "tflops": flops / seconds / 1e12,
+            "share_of_matmul_rate": flops / (processor_seconds or seconds) / self.matmul_rate,
         }
         peak = peak_tflops(device_name(self.device))
         if peak is not None and self.dtype == torch.bfloat16:
             rates["mfu"] = rates["tflops"] / peak
         return rates
+
+
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """
+    Multiplications and additions a second of a product of two square matrices, at best; on a CPU by the processor's
+    time, of which those who share the machine take nothing.
+    """
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        synchronize(device)
+        start = clock()
+        left @ right
+        synchronize(device)
+        seconds.append(clock() - start)
+    return 2 * size**3 / min(seconds)
 
 
 class Trainer:
@@ -394,11 +418,12 @@ def time_steps(
         if "seconds" not in timing:
             continue
         timing["batch"] = batches[name]
-        timing |= bench.rates(timing["median_seconds"], batches[name], size)
+        median = None
         if bench.device.type == "cpu":
             # Of this process alone, whatever else the machine does.
-            median = sorted(processor_seconds[name])[len(processor_seconds[name]) // 2]
+            median = statistics.median(processor_seconds[name])
             timing |= {"processor_seconds": processor_seconds[name], "median_processor_seconds": median}
+        timing |= bench.rates(timing["median_seconds"], median, batches[name], size)
     return timings
 
 
@@ -429,7 +454,7 @@ def bench_largest_batch(bench: TrainingBench) -> dict[str, Any]:
         if bench.device.type != "cuda":
             raise Unmeasured("no memory was given")
         memory = torch.cuda.get_device_properties(bench.device).total_memory
-    found = {name: find_largest_batch(bench, name, memory) for name in bench.variants}
+    found = {name: search_in_child(bench, name, memory) for name in bench.variants}
     batches = {name: result["batch"] for name, result in found.items() if result["batch"]}
     trainer = Trainer(bench)
     trainer.make_moments()
@@ -442,67 +467,99 @@ def bench_largest_batch(bench: TrainingBench) -> dict[str, Any]:
     return {"memory": memory, **compare(timings)}
 
 
+def search_in_child(bench: TrainingBench, variant: str, memory: int) -> dict[str, Any]:
+    """[`find_largest_batch`] in a process of its own, whose memory is that of this training alone."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(find_largest_batch, bench, variant, memory).result()
+
+
 def find_largest_batch(bench: TrainingBench, variant: str, memory: int) -> dict[str, Any]:
-    """Doubles the batch until it does not fit any more, then halves what is left open between the two."""
+    r"""
+    Doubles the batch until a step of it, with the optimizer's moments beside it, does not fit any more, then halves
+    what is left open between the two.
+
+    Args:
+        bench ([`TrainingBench`]): Settings.
+        variant (`str`): What is trained.
+        memory (`int`): Bytes that all may take: on a GPU all that torch takes of it, which it then is kept from
+            exceeding, on a CPU the process's resident memory, all libraries counted.
+
+    Returns:
+        `dict`: the largest `batch`, 0 if none fits; its `peak_bytes`; what each probed batch took, `None` where it ran
+        out of a GPU's memory; and whether the search ended at the preset's largest batch, `capped`.
+
+    Raises:
+        Unmeasured: On a CPU, where the system does not tell a process's peak memory as Linux does.
+    """
+    if bench.device.type == "cuda":
+        total = torch.cuda.get_device_properties(bench.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), bench.device)
+    torch.set_num_threads(bench.threads)
     probes: dict[int, int | None] = {}
+    try:
+        trainer = Trainer(bench)
+        trainer.optimizers = {stock: o for stock, o in trainer.optimizers.items() if stock == VARIANTS[variant].stock}
+        trainer.make_moments()
+    except torch.OutOfMemoryError:
+        return {"batch": 0, "peak_bytes": None, "probes": probes, "capped": False}
 
     def fits(batch_size: int) -> bool:
-        probes[batch_size] = probe_memory(bench, variant, batch_size, memory)
+        probes[batch_size] = peak_of_step(trainer, variant, batch_size)
         print(f"{variant}, batch {batch_size}: {probes[batch_size]} bytes", file=sys.stderr, flush=True)
         return probes[batch_size] is not None and probes[batch_size] <= memory
 
-    largest, above, ceiling = 0, 1, bench.preset.largest_batch
+    largest = largest_that_fits(fits, bench.preset.largest_batch)
+    return {
+        "batch": largest,
+        "peak_bytes": probes.get(largest),
+        "probes": {str(batch_size): peak for batch_size, peak in sorted(probes.items())},
+        "capped": largest == bench.preset.largest_batch,
+    }
+
+
+def largest_that_fits(fits: Callable[[int], bool], ceiling: int) -> int:
+    """The largest number up to `ceiling` that `fits`, or a tenth less; 0 if 1 does not."""
+    largest, above = 0, 1
     while above <= ceiling and fits(above):
         largest, above = above, min(2 * above, ceiling) if above < ceiling else ceiling + 1
     while above - largest > max(1, int(FITS * largest)):
         middle = (largest + above) // 2
         largest, above = (middle, above) if fits(middle) else (largest, middle)
-    return {
-        "batch": largest,
-        "peak_bytes": probes.get(largest),
-        "probes": {str(batch_size): peak for batch_size, peak in sorted(probes.items())},
-        "capped": largest == ceiling,
-    }
+    return largest
 
 
-def probe_memory(bench: TrainingBench, variant: str, batch_size: int, memory: int) -> int | None:
-    """Peak memory in bytes of a step in a process of its own, `None` where a GPU's `memory` did not do."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(peak_of_step, bench, variant, batch_size, memory).result()
-
-
-def peak_of_step(bench: TrainingBench, variant: str, batch_size: int, memory: int | None) -> int | None:
-    """
-    Peak memory in bytes of a step that has the optimizer's moments beside it: on a GPU what torch has taken of it,
-    `None` if it wanted more than `memory`; on a CPU the process's resident memory, all libraries counted.
-    """
-    on_gpu = bench.device.type == "cuda"
-    if on_gpu and memory is not None:
-        total = torch.cuda.get_device_properties(bench.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), bench.device)
+def peak_of_step(trainer: Trainer, variant: str, batch_size: int) -> int | None:
+    """Peak memory in bytes of a step, `None` if it ran out of a GPU's."""
+    device = trainer.bench.device
+    if device.type != "cuda":
+        reset_peak_memory()
+        trainer.step(variant, trainer.bench.batch(batch_size))
+        return peak_memory()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
     try:
-        trainer = Trainer(bench)
-        trainer.optimizers = {stock: o for stock, o in trainer.optimizers.items() if stock == VARIANTS[variant].stock}
-        trainer.make_moments()
-        trainer.step(variant, bench.batch(batch_size))
+        trainer.step(variant, trainer.bench.batch(batch_size))
     except torch.OutOfMemoryError:
+        for parameter in trainer.parameters:
+            parameter.grad = None
         return None
-    return torch.cuda.max_memory_reserved(bench.device) if on_gpu else peak_resident_memory()
+    return torch.cuda.max_memory_reserved(device)
 
 
-def peak_resident_memory() -> int:
-    """
-    The most bytes of memory that this process has held at once.
+def reset_peak_memory() -> None:
+    """Lets [`peak_memory`] begin anew (`man proc_pid_clear_refs`), with nothing that only the allocator holds."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError as error:
+        raise Unmeasured("this system does not tell a process's peak memory") from error
 
-    Raises:
-        Unmeasured: Where the system does not tell it as Linux does.
-    """
-    status = Path("/proc/self/status")
-    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    if peak is None:
-        raise Unmeasured("this system does not tell a process's peak memory")
-    return int(peak[1]) * 1024
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has held at once since [`reset_peak_memory`]."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
 
 
 def bench_table(bench: TrainingBench) -> dict[str, Any]:
@@ -528,10 +585,10 @@ def bench_table(bench: TrainingBench) -> dict[str, Any]:
 
 
 def bench_optimizers(bench: TrainingBench) -> dict[str, Any]:
-    """Bytes that each optimizer keeps of the model, counted, and on a GPU the peak memory and time of its steps."""
+    """Bytes that optimizers keep of the published model, counted; on a GPU also peak memory and time of a step."""
     results: dict[str, Any] = {}
     for name in ("adamw", "adamw8bit", "came"):
-        results[name] = {"counted_state_bytes": state_bytes(bench, name)}
+        results[name] = {"published_state_bytes": state_bytes(TRAINING_PRESETS["full"], name)}
         if bench.device.type != "cuda":
             continue
         try:
@@ -547,14 +604,14 @@ def bench_optimizers(bench: TrainingBench) -> dict[str, Any]:
     return results
 
 
-def state_bytes(bench: TrainingBench, optimizer: str) -> int:
+def state_bytes(preset: TrainingPreset, optimizer: str) -> int:
     """
     Bytes of an optimizer's state of the preset's model, counted on weights that have shapes but no memory: of AdamW
     two float32 moments; of 8-bit AdamW, by bitsandbytes' rule, two moments of a byte and two float32 for each block of
     256, of small weights two float32 moments; of CAME what a step of it leaves.
     """
     with init_empty_weights():
-        models = DIMConnector(**bench.preset.connector), DIMTransformer2DModel(**bench.preset.transformer)
+        models = DIMConnector(**preset.connector), DIMTransformer2DModel(**preset.transformer)
     parameters = [parameter for model in models for parameter in model.parameters()]
     counts = [parameter.numel() for parameter in parameters]
     if optimizer == "adamw":
@@ -619,18 +676,19 @@ def main() -> None:
         preset=preset,
         device=device,
         dtype=dtype,
-        machine=measure_machine(device, dtype, preset.matmul_size, preset.copy_bytes),
+        matmul_rate=measure_matmul_rate(device, dtype, preset.matmul_size),
         variants=args.variants or (uncompiled if device.type == "cpu" else list(VARIANTS)),
+        threads=torch.get_num_threads(),
     )
     environment = {
         "command": shlex.join(["python", "benchmarks/training.py", *sys.argv[1:]]),
         "device": device_name(device),
-        "threads": torch.get_num_threads(),
+        "threads": bench.threads,
         "dtype": args.dtype,
         "preset": args.preset,
         "layers": preset.transformer["num_layers"],
         **{name: getattr(preset, name) for name in given},
-        "machine": dataclasses.asdict(bench.machine),
+        "matmul_flops_per_second": bench.matmul_rate,
         "versions": package_versions(),
     }
     path = args.results / f"training_{args.name or args.preset}.json"
