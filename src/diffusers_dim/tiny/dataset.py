@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", help="Edit kinds to draw from; all six by default.")
+    parser.add_argument(
+        "--kinds", nargs="+", help="Edit kinds to draw from, one named twice twice as often; all six by default."
+    )
     parser.add_argument("--prompts", choices=PROMPTS, default="instruction")
     args = parser.parse_args()
     try:
