@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -54,10 +55,43 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, help="In place of the preset's.")
     parser.add_argument("--guidance_scale", type=float, help="In place of the preset's.")
     args = parser.parse_args()
-    unknown = [name for name in args.sections if name not in SECTIONS]
-    if unknown:
-        parser.error(f"sections have to be among {list(SECTIONS)}, but hold {unknown}.")
+    check_sections(parser, args.sections, SECTIONS)
     return args
+
+
+def check_sections(parser: argparse.ArgumentParser, names: list[str], sections: dict[str, Callable]) -> None:
+    """Ends the script where a section is asked for that there is not."""
+    unknown = [name for name in names if name not in sections]
+    if unknown:
+        parser.error(f"sections have to be among {list(sections)}, but hold {unknown}.")
+
+
+def run_sections(
+    sections: dict[str, Callable[[Any], dict[str, Any]]],
+    names: list[str],
+    bench: Any,
+    environment: dict[str, Any],
+    path: Path,
+) -> None:
+    """Runs the sections named, or all, on `bench`, and writes each one's results with `environment` to a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in names or sections:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        load = os.getloadavg()[0]
+        try:
+            result = sections[name](bench)
+        except RuntimeError as error:
+            result = unmeasured(error)
+            print(f"{name} is unmeasured: {result['unmeasured']}", file=sys.stderr)
+        # What else ran meanwhile; of these, one is this process.
+        loads = {"load_average": [load, os.getloadavg()[0]]}
+        # Written after each, so that a section that fails takes no other's figures with it.
+        results[name] = rounded({**environment, **loads, "results": result})
+        path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def rounded(result: Any) -> Any:
@@ -100,21 +134,7 @@ def main() -> None:
         "versions": package_versions(),
     }
     path = args.results / f"{args.name or args.preset}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for name in args.sections or SECTIONS:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        try:
-            result = SECTIONS[name](bench)
-        except RuntimeError as error:
-            result = unmeasured(error)
-            print(f"{name} is unmeasured: {result['unmeasured']}", file=sys.stderr)
-        # Written after each, so that a section that fails takes no other's figures with it.
-        results[name] = rounded({**environment, "results": result})
-        path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    run_sections(SECTIONS, args.sections, bench, environment, path)
     print(path)
 
 

@@ -17,7 +17,6 @@ import gc
 import json
 import math
 import multiprocessing
-import os
 import re
 import shlex
 import statistics
@@ -34,7 +33,7 @@ from diffusers import SanaTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from bench import rounded
+from bench import check_sections, run_sections
 from diffusers_dim import DIMConnector, DIMTransformer2DModel
 from diffusers_dim.training import (
     DIMTrainingModel,
@@ -655,9 +654,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("size", "tokens", "runs", "largest_batch"):
         parser.add_argument(f"--{name}", type=int, help="In place of the preset's.")
     args = parser.parse_args()
-    unknown = [name for name in args.sections if name not in SECTIONS]
-    if unknown:
-        parser.error(f"sections have to be among {list(SECTIONS)}, but hold {unknown}.")
+    check_sections(parser, args.sections, SECTIONS)
     return args
 
 
@@ -692,23 +689,7 @@ def main() -> None:
         "versions": package_versions(),
     }
     path = args.results / f"training_{args.name or args.preset}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for name in args.sections or SECTIONS:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        load = os.getloadavg()[0]
-        try:
-            result = SECTIONS[name](bench)
-        except RuntimeError as error:
-            result = unmeasured(error)
-            print(f"{name} is unmeasured: {result['unmeasured']}", file=sys.stderr)
-        # What else ran meanwhile; of these, one is this process.
-        loads = {"load_average": [load, os.getloadavg()[0]]}
-        results[name] = rounded({**environment, **loads, "results": result})
-        path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    run_sections(SECTIONS, args.sections, bench, environment, path)
     print(path)
 
 

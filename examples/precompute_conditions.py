@@ -46,15 +46,10 @@ from transformers import Qwen2_5_VLConfig
 from diffusers_dim import DIMConnector, DIMPipeline
 from diffusers_dim.data import UnreadableSampleError, find_bucket
 from diffusers_dim.training import add_data_arguments, encode_samples, load_sana, open_data, read_pipeline_kind
-from diffusers_dim.training.conditions import (
-    FACTS,
-    UNFINISHED,
-    PrecomputedDataset,
-    load_manifest,
-    read_vae_facts,
-    save_shard,
-    save_whole,
-)
+from diffusers_dim.training.arguments import check_data_arguments, check_positive
+from diffusers_dim.training.checkpoints import UNFINISHED, save_whole
+from diffusers_dim.training.conditions import FACTS, PrecomputedDataset, load_manifest, read_vae_facts, save_shard
+from diffusers_dim.training.distributed import MIXED_DTYPES
 
 
 FIELD_LENGTH = 256  # characters of a sample's other values up to which they are kept
@@ -100,22 +95,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(arguments)
 
-    for name in "resolution max_sequence_length batch_size shard_size max_train_samples".split():
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} has to be at least 1, but is {value}.")
-    if args.dataloader_num_workers < 0:
-        parser.error(f"--dataloader_num_workers has to be at least 0, but is {args.dataloader_num_workers}.")
-    sources = "jsonl dataset_name train_data_dir".split()
-    given = [f"--{name} {getattr(args, name)}" for name in sources if getattr(args, name) is not None]
-    if len(given) != 1:
-        parser.error(f"Give one of {', '.join(f'--{name}' for name in sources)}, not {', '.join(given) or 'none'}.")
-    if args.jsonl is not None and not Path(args.jsonl).is_file():
-        parser.error(f"{args.jsonl} is not a file.")
-    for name in "image_root train_data_dir".split():
-        path = getattr(args, name)
-        if path is not None and not Path(path).is_dir():
-            parser.error(f"--{name} {path} is not a folder.")
+    check_positive(parser, args, "batch_size shard_size")
+    check_data_arguments(parser, args)
     if args.streaming:
         parser.error("--streaming data have no numbers, by which samples are shared out: leave it away.")
     if args.group_by_length:
@@ -160,8 +141,6 @@ def read_facts(args: argparse.Namespace, dataset: Dataset, dtype: torch.dtype) -
     """
     path, revision = args.pretrained_model_name_or_path, args.revision
     kind = read_pipeline_kind(args, ("edit", "t2i") if args.kind == "edit" else ("edit", "t2i", "sana"))
-    if kind == "sana" and args.text_encoder_name_or_path is None:
-        raise ValueError("A SanaPipeline needs a vision-language model: give --text_encoder_name_or_path.")
     vae_facts = read_vae_facts(AutoencoderDC.load_config(path, subfolder="vae", revision=revision))
     if args.resolution % vae_facts["vae_scale_factor"]:
         raise ValueError(
@@ -250,10 +229,10 @@ def load_pipeline(args: argparse.Namespace, device: torch.device, dtype: torch.d
     options = {"revision": args.revision, "variant": args.variant, "connector": None, "transformer": None}
     path = args.pretrained_model_name_or_path
     if read_pipeline_kind(args, ("edit", "t2i", "sana")) == "sana":
-        pipe = load_sana(path, args.text_encoder_name_or_path, **options)
+        pipe = load_sana(path, args.text_encoder_name_or_path, text_encoder_dtype=dtype, **options)
     else:
         pipe = DIMPipeline.from_pretrained(path, dtype={"text_encoder": dtype, "default": torch.float32}, **options)
-    pipe.text_encoder.requires_grad_(False).to(device, dtype)
+    pipe.text_encoder.requires_grad_(False).to(device)
     pipe.vae.requires_grad_(False).to(device)
     return pipe
 
@@ -305,7 +284,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))]
     )
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = MIXED_DTYPES.get(accelerator.mixed_precision, torch.float32)
     with accelerator.main_process_first():
         dataset = open_data(args, args.kind)
     facts = read_facts(args, dataset, dtype)

@@ -29,42 +29,30 @@ import argparse
 from functools import partial
 
 import torch
-from diffusers.optimization import get_scheduler
-from tqdm.auto import tqdm
 
-from diffusers_dim import DIMEditPipeline, DIMPipeline
+from diffusers_dim import DIMEditPipeline
 from diffusers_dim.training import (
-    FROZEN_COMPONENTS,
     DIMTrainingModel,
-    ShardedEMAModel,
-    TrainingMonitor,
     add_data_arguments,
     add_optimizer_arguments,
     add_run_arguments,
     add_validation_arguments,
-    autocast,
-    begin_run,
     check_arguments,
     complete_pipeline,
-    count_train_steps,
     create_accelerator,
     create_loader,
-    create_optimizer,
-    freeze,
-    log_validation,
-    loss_weights,
-    make_inputs,
+    load_pipeline,
     open_data,
-    optimizer_settings,
+    prepare_pipeline,
     publish,
     read_pipeline_kind,
-    resume,
-    save_checkpoint,
     to_edit_pipeline,
+    train,
     trained_weights,
-    training_flops,
-    wants_validation,
 )
+
+
+KINDS = ("edit", "t2i")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -86,114 +74,33 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_pipeline(
-    args: argparse.Namespace, components: dict[str, torch.nn.Module | None] | None = None
-) -> DIMEditPipeline:
-    """The pipeline to train, in float32, with `components` in place of its own, which are then not read."""
-    kind = read_pipeline_kind(args, ("edit", "t2i"))
-    pipe = (DIMEditPipeline if kind == "edit" else DIMPipeline).from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        dtype={"text_encoder": getattr(torch, args.frozen_dtype), "default": torch.float32},
-        **components or {},
-    )
-    return pipe if kind == "edit" else to_edit_pipeline(pipe)
+def load_editor(args: argparse.Namespace, components: dict[str, torch.nn.Module | None]) -> DIMEditPipeline:
+    """The pipeline to train, with `components` in place of its own, its patch embedding widened if it is not yet."""
+    return to_edit_pipeline(load_pipeline(args, KINDS, components))
 
 
 def main(args: argparse.Namespace) -> None:
     # 1. Data and settings: what is wrong with them is told before any weights load
     accelerator = create_accelerator(args)
-    read_pipeline_kind(args, ("edit", "t2i"))
+    read_pipeline_kind(args, KINDS)
     loader = create_loader(args, open_data(args, "edit"), accelerator)
-    max_train_steps = count_train_steps(args, loader)
 
-    # 2. Models: the frozen ones are there to encode alone
-    precomputed = args.precomputed_conditions is not None
-    pipe = load_pipeline(args, dict.fromkeys(FROZEN_COMPONENTS) if precomputed else None)
-    if precomputed:
-        loader.dataset.check(pipe, args)
-    else:
-        freeze(pipe, args, accelerator)
+    # 2. Models
+    load = partial(load_editor, args)
+    pipe = prepare_pipeline(args, accelerator, loader, load)
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    flow_shift = pipe.scheduler.config.flow_shift
-    model = DIMTrainingModel(pipe.connector, pipe.transformer, flow_shift).train()
+    model = DIMTrainingModel(pipe.connector, pipe.transformer, pipe.scheduler.config.flow_shift).train()
 
-    # 3. Optimizer, schedule, moving average
-    optimizer = create_optimizer(model.parameters(), **optimizer_settings(args, accelerator))
-    # accelerate steps the schedule once a process, so it is told of that many steps.
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=max_train_steps * accelerator.num_processes,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    ema = None
-    if args.use_ema:
-        ema = ShardedEMAModel(model.parameters(), decay=args.ema_decay)
-        ema.to("cpu" if args.offload_ema else accelerator.device)
-        accelerator.register_for_checkpointing(ema)
-    begin_run(args, accelerator)
-    step = resume(args, accelerator)
+    # 3. Train
+    model, ema = train(args, accelerator, loader, pipe, model, load)
 
-    # 4. Train
-    flops = partial(training_flops, pipe.transformer.config, pipe.connector.config)
-    monitor = TrainingMonitor(accelerator, args.output_dir, step, flops, device_tflops=args.device_tflops)
-    bar = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    batches = loader.batches(start=step * args.gradient_accumulation_steps)
-    while step < max_train_steps:
-        batch = next(batches)
-        inputs, weights = make_inputs(batch, pipe, args, accelerator.device)
-        with accelerator.accumulate(model):
-            with autocast(accelerator):
-                losses = model(**inputs)
-            # The mean over the samples of all processes, of which some may have fewer: unreadable ones are left out.
-            count = accelerator.reduce(weights.sum(), "sum").clamp(min=1)
-            scale = loss_weights(inputs["timesteps"], args.weighting_scheme, flow_shift, args.snr_gamma).to(losses)
-            accelerator.backward((losses * scale * weights).sum() * accelerator.num_processes / count)
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-        height, width = inputs["latents"].shape[2:]
-        monitor.add(losses, inputs["timesteps"], weights, height, width, inputs["hidden_states"].shape[1])
-        if not accelerator.sync_gradients:
-            continue
-
-        step += 1
-        if ema is not None:
-            ema.to(accelerator.device)
-            ema.step(model.parameters())
-            ema.to("cpu" if args.offload_ema else accelerator.device)
-        log = monitor.log(step, lr_scheduler.get_last_lr()[0], grad_norm)
-        bar.update()
-        bar.set_postfix(loss=f"{log['loss']:.3f}")
-        last = step == max_train_steps
-        if step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
-            monitor.restart_clock()
-        if wants_validation(args) and (step % args.validation_steps == 0 or last):
-            with trained_weights(accelerator, model, ema) as (connector, transformer):
-                if accelerator.is_main_process:
-                    trained = complete_pipeline(
-                        pipe, partial(load_pipeline, args), connector=connector, transformer=transformer
-                    )
-                    log_validation(trained.to(accelerator.device), args, accelerator, step)
-            monitor.restart_clock()
-
-    # 5. Save the pipeline
+    # 4. Save the pipeline
     with trained_weights(accelerator, model, ema) as (connector, transformer):
         if accelerator.is_main_process:
-            trained = complete_pipeline(
-                pipe, partial(load_pipeline, args), connector=connector, transformer=transformer
-            )
+            trained = complete_pipeline(pipe, load, connector=connector, transformer=transformer)
             trained.save_pretrained(args.output_dir)
             publish(args, "edit", accelerator, loader)
     accelerator.end_training()

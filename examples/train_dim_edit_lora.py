@@ -30,47 +30,32 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, init_empty_weights
 from accelerate.utils import DistributedType, set_seed
-from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from tqdm.auto import tqdm
 
 from diffusers_dim import DIMEditPipeline, DIMTransformer2DModel
 from diffusers_dim.training import (
-    FROZEN_COMPONENTS,
     DIMTrainingModel,
-    ShardedEMAModel,
-    TrainingMonitor,
     add_data_arguments,
     add_optimizer_arguments,
     add_run_arguments,
     add_validation_arguments,
-    autocast,
-    begin_run,
     check_arguments,
-    complete_pipeline,
-    count_train_steps,
     create_accelerator,
     create_loader,
-    create_optimizer,
-    freeze,
-    log_validation,
-    loss_weights,
-    make_inputs,
+    load_pipeline,
     open_data,
-    optimizer_settings,
+    prepare_pipeline,
     publish,
     read_pipeline_kind,
-    resume,
-    save_checkpoint,
+    train,
     trained_weights,
-    training_flops,
-    wants_validation,
 )
 from diffusers_dim.training.distributed import MIXED_DTYPES
 
 
+KINDS = ("edit",)
 CONNECTOR_LAYERS = ["linear_1", "linear_2"]
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -131,19 +116,6 @@ def read_lora_layers(args: argparse.Namespace) -> list[str]:
         allowed = [name.removeprefix(block) for name in names if name.startswith(block)]
         raise ValueError(f"--lora_layers has to name layers of the transformer, such as {allowed}, not {unknown}.")
     return layers
-
-
-def load_pipeline(
-    args: argparse.Namespace, components: dict[str, torch.nn.Module | None] | None = None
-) -> DIMEditPipeline:
-    """The pipeline to adapt, in float32, with `components` in place of its own, which are then not read."""
-    return DIMEditPipeline.from_pretrained(
-        args.pretrained_model_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        dtype={"text_encoder": getattr(torch, args.frozen_dtype), "default": torch.float32},
-        **components or {},
-    )
 
 
 def add_adapters(
@@ -214,96 +186,25 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.distributed_type in SHARDING:
         engine = accelerator.distributed_type.value
         raise ValueError(f"A LoRA trains one whole model a device: launch it without {engine}, as --multi_gpu does.")
-    read_pipeline_kind(args, ("edit",))
+    read_pipeline_kind(args, KINDS)
     layers = read_lora_layers(args)
     loader = create_loader(args, open_data(args, "edit"), accelerator)
-    max_train_steps = count_train_steps(args, loader)
 
-    # 2. Models: the frozen ones are there to encode alone, adapters come before anything wraps or compiles
-    precomputed = args.precomputed_conditions is not None
-    pipe = load_pipeline(args, dict.fromkeys(FROZEN_COMPONENTS) if precomputed else None)
-    if precomputed:
-        loader.dataset.check(pipe, args)
-    else:
-        freeze(pipe, args, accelerator)
+    # 2. Models; adapters come before anything wraps or compiles
+    load = partial(load_pipeline, args, KINDS)
+    pipe = prepare_pipeline(args, accelerator, loader, load)
     adapted = add_adapters(args, pipe, layers, MIXED_DTYPES.get(accelerator.mixed_precision, torch.float32))
+    checkpoint_adapters_alone(accelerator, adapted)
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=not args.use_dora)  # PEFT's DoRA breaks the graph
-    flow_shift = pipe.scheduler.config.flow_shift
-    model = DIMTrainingModel(pipe.connector, pipe.transformer, flow_shift).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model = DIMTrainingModel(pipe.connector, pipe.transformer, pipe.scheduler.config.flow_shift).train()
 
-    # 3. Optimizer, schedule, moving average
-    optimizer = create_optimizer(parameters, **optimizer_settings(args, accelerator))
-    # accelerate steps the schedule once a process, so it is told of that many steps.
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=max_train_steps * accelerator.num_processes,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
-    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-    checkpoint_adapters_alone(accelerator, adapted)
-    ema = None
-    if args.use_ema:
-        ema = ShardedEMAModel(parameters, decay=args.ema_decay)
-        ema.to("cpu" if args.offload_ema else accelerator.device)
-        accelerator.register_for_checkpointing(ema)
-    begin_run(args, accelerator)
-    step = resume(args, accelerator)
+    # 3. Train
+    model, ema = train(args, accelerator, loader, pipe, model, load)
 
-    # 4. Train
-    flops = partial(training_flops, pipe.transformer.config, pipe.connector.config, frozen_weights=True)
-    monitor = TrainingMonitor(accelerator, args.output_dir, step, flops, device_tflops=args.device_tflops)
-    bar = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    batches = loader.batches(start=step * args.gradient_accumulation_steps)
-    while step < max_train_steps:
-        batch = next(batches)
-        inputs, weights = make_inputs(batch, pipe, args, accelerator.device)
-        with accelerator.accumulate(model):
-            with autocast(accelerator):
-                losses = model(**inputs)
-            # The mean over the samples of all processes, of which some may have fewer: unreadable ones are left out.
-            count = accelerator.reduce(weights.sum(), "sum").clamp(min=1)
-            scale = loss_weights(inputs["timesteps"], args.weighting_scheme, flow_shift, args.snr_gamma).to(losses)
-            accelerator.backward((losses * scale * weights).sum() * accelerator.num_processes / count)
-            if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-        height, width = inputs["latents"].shape[2:]
-        monitor.add(losses, inputs["timesteps"], weights, height, width, inputs["hidden_states"].shape[1])
-        if not accelerator.sync_gradients:
-            continue
-
-        step += 1
-        if ema is not None:
-            ema.to(accelerator.device)
-            ema.step(parameters)
-            ema.to("cpu" if args.offload_ema else accelerator.device)
-        log = monitor.log(step, lr_scheduler.get_last_lr()[0], grad_norm)
-        bar.update()
-        bar.set_postfix(loss=f"{log['loss']:.3f}")
-        last = step == max_train_steps
-        if step % args.checkpointing_steps == 0 or last:
-            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
-        if wants_validation(args) and (step % args.validation_steps == 0 or last):
-            model.eval()  # without LoRA dropout
-            with trained_weights(accelerator, model, ema) as (connector, transformer):
-                if accelerator.is_main_process:
-                    trained = complete_pipeline(
-                        pipe, partial(load_pipeline, args), connector=connector, transformer=transformer
-                    )
-                    log_validation(trained.to(accelerator.device), args, accelerator, step)
-            model.train()
-            monitor.restart_clock()
-
-    # 5. Save the LoRA
+    # 4. Save the LoRA
     with trained_weights(accelerator, model, ema):
         if accelerator.is_main_process:
             save_lora(adapted, args.output_dir)

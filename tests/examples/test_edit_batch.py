@@ -23,6 +23,8 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "edit_batch.py"
 STEPS = 4
 WIDE = (2, 5)  # lines whose sources are not square
 
+pytestmark = pytest.mark.usefixtures("one_thread_on_the_cpu")
+
 
 @pytest.fixture(scope="module")
 def script():
@@ -31,18 +33,6 @@ def script():
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread_on_the_cpu():
-    """How many threads add up decides about the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
 
 
 def write_lines(path: Path, rows) -> Path:

@@ -31,17 +31,7 @@ WIDE = (2, 5, 6)  # whose pictures are not square
 CUT = 3  # whose target is cut short: its header can be read, its pixels cannot
 PIPELINES = {"edit": DIMEditPipeline, "t2i": DIMPipeline}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread_on_the_cpu():
-    """How many threads add up decides about the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_on_the_cpu")
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def unbroken(edit_folder, edits, tmp_path_factory):
     more = ["--lora_dropout", 0.2, "--use_ema", "--ema_decay", 0.5, "--checkpoints_total_limit", 2]
     more += ["--validation_prompt", "remove it", "--validation_image", source, "--validation_steps", 4]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "log_validation", log_validation)
+        patch.setattr(training.loop, "log_validation", log_validation)
         run_script(SCRIPT, *options(edit_folder, edits, output, *more))
     return output, painted[-1]
 

@@ -510,6 +510,22 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         shape = (batch_size, self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
+    def prepare_image_latents(
+        self,
+        image: list[Image.Image],
+        height: int,
+        width: int,
+        device: torch.device,
+        num_images_per_prompt: int = 1,
+    ) -> torch.Tensor:
+        """
+        Scaled latents of pictures, such as an edit's sources, `(batch_size * num_images_per_prompt, latent_channels,
+        height / factor, width / factor)`, float32.
+        """
+        pixels = self.image_processor.preprocess(image, height, width).to(device=device, dtype=self.vae.dtype)
+        image_latents = self.vae.encode(pixels, return_dict=False)[0].float() * self.vae.config.scaling_factor
+        return image_latents.repeat_interleave(num_images_per_prompt, dim=0)
+
     def denoise(
         self,
         latents: torch.Tensor,

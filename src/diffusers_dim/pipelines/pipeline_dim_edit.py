@@ -80,22 +80,6 @@ class DIMEditPipeline(DIMPipeline):
             raise ValueError(f"Got {len(blueprints)} blueprints for {len(image)} images.")
         return blueprints
 
-    def prepare_image_latents(
-        self,
-        image: list[Image.Image],
-        height: int,
-        width: int,
-        device: torch.device,
-        num_images_per_prompt: int = 1,
-    ) -> torch.Tensor:
-        """
-        Scaled latents of the sources, `(batch_size * num_images_per_prompt, latent_channels, height / factor, width /
-        factor)`, float32.
-        """
-        pixels = self.image_processor.preprocess(image, height, width).to(device=device, dtype=self.vae.dtype)
-        image_latents = self.vae.encode(pixels, return_dict=False)[0].float() * self.vae.config.scaling_factor
-        return image_latents.repeat_interleave(num_images_per_prompt, dim=0)
-
     @torch.no_grad()
     def __call__(
         self,

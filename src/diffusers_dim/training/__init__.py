@@ -10,7 +10,8 @@ from .checkpoints import checkpoint_step, latest_checkpoint, prune_checkpoints, 
 from .conditions import PrecomputedDataset, collate_encoded, encode_samples, make_placeholder
 from .distributed import ShardedEMAModel, autocast, gather_weights, trained_weights
 from .flops import training_flops
-from .initialization import grow_null_condition, load_sana, to_edit_pipeline, widen_patch_embedding
+from .initialization import grow_null_condition, load_pipeline, load_sana, to_edit_pipeline, widen_patch_embedding
+from .loop import train
 from .model_card import push_to_hub, save_model_card
 from .monitor import TrainingMonitor, draw_curves
 from .objective import (
@@ -29,9 +30,9 @@ from .setup import (
     count_train_steps,
     create_accelerator,
     create_loader,
-    freeze,
     open_data,
     optimizer_settings,
+    prepare_pipeline,
     publish,
     read_pipeline_kind,
     resume,
@@ -64,11 +65,11 @@ __all__ = [
     "drop_condition",
     "encode_samples",
     "flow_matching_loss",
-    "freeze",
     "gather_weights",
     "get_sigmas",
     "grow_null_condition",
     "latest_checkpoint",
+    "load_pipeline",
     "load_sana",
     "log_validation",
     "loss_weights",
@@ -76,6 +77,7 @@ __all__ = [
     "make_placeholder",
     "open_data",
     "optimizer_settings",
+    "prepare_pipeline",
     "prune_checkpoints",
     "publish",
     "push_to_hub",
@@ -86,6 +88,7 @@ __all__ = [
     "save_checkpoint",
     "save_model_card",
     "to_edit_pipeline",
+    "train",
     "trained_weights",
     "training_flops",
     "wants_validation",

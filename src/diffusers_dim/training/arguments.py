@@ -30,6 +30,7 @@ FIXED_SETTINGS = (
     " rank lora_alpha lora_layers lora_dropout use_dora train_connector"
 ).split()
 
+SOURCES = ("jsonl", "dataset_name", "train_data_dir", "precomputed_conditions")
 RESULTS = ("model_index.json", "pytorch_lora_weights.safetensors")
 
 
@@ -175,25 +176,52 @@ def add_validation_arguments(parser: argparse.ArgumentParser, kind: str) -> None
     )
 
 
+def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, names: str) -> None:
+    """Ends the script where one of the options named, that is given, is below 1."""
+    for name in names.split():
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} has to be at least 1, but is {value}.")
+
+
+def check_data_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """
+    Ends the script where the data options make no sense: not one source, a file or folder that is not there, a number
+    out of range.
+    """
+    check_positive(parser, args, "resolution max_sequence_length max_train_samples")
+    if args.dataloader_num_workers < 0:
+        parser.error(f"--dataloader_num_workers has to be at least 0, but is {args.dataloader_num_workers}.")
+    sources = [name for name in SOURCES if hasattr(args, name)]
+    given = [f"--{name} {getattr(args, name)}" for name in sources if getattr(args, name) is not None]
+    if len(given) != 1:
+        parser.error(f"Give one of {', '.join(f'--{name}' for name in sources)}, not {', '.join(given) or 'none'}.")
+    if args.jsonl is not None and not Path(args.jsonl).is_file():
+        parser.error(f"{args.jsonl} is not a file.")
+    for name in "image_root train_data_dir precomputed_conditions".split():
+        path = getattr(args, name, None)
+        if path is not None and not Path(path).is_dir():
+            parser.error(f"--{name} {path} is not a folder.")
+
+
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """
     Ends the script by `parser.error` where options make no sense, before anything loads: numbers out of range, files
     that are not there, sources of data that exclude each other, an output folder of another run.
     """
-    for name in (
-        "resolution train_batch_size max_train_steps num_train_epochs gradient_accumulation_steps checkpointing_steps"
-        " checkpoints_total_limit validation_steps num_inference_steps max_sequence_length max_train_samples"
-    ).split():
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} has to be at least 1, but is {value}.")
+    check_positive(
+        parser,
+        args,
+        "train_batch_size max_train_steps num_train_epochs gradient_accumulation_steps checkpointing_steps"
+        " checkpoints_total_limit validation_steps num_inference_steps",
+    )
     for name in "learning_rate max_grad_norm snr_gamma".split():
         if not getattr(args, name) > 0:
             parser.error(f"--{name} has to be above 0, but is {getattr(args, name)}.")
     for name in "conditioning_dropout_prob ema_decay".split():
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} has to lie in [0, 1], but is {getattr(args, name)}.")
-    for name in "lr_warmup_steps dataloader_num_workers validation_shapes".split():
+    for name in "lr_warmup_steps validation_shapes".split():
         if getattr(args, name, 0) < 0:
             parser.error(f"--{name} has to be at least 0, but is {getattr(args, name)}.")
     if (args.max_train_steps is None) == (args.num_train_epochs is None):
@@ -203,23 +231,16 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.use_8bit_adam and args.optimizer != "adamw":
         parser.error(f"--use_8bit_adam goes with --optimizer adamw, but that is {args.optimizer}.")
 
-    sources = "jsonl dataset_name train_data_dir precomputed_conditions".split()
-    given = [f"--{name} {getattr(args, name)}" for name in sources if getattr(args, name) is not None]
-    if len(given) != 1:
-        parser.error(f"Give one of {', '.join(f'--{name}' for name in sources)}, not {', '.join(given) or 'none'}.")
+    check_data_arguments(parser, args)
     prompts = args.validation_prompt or []
     for name in "validation_image validation_target validation_blueprint".split():
         values = getattr(args, name, None) or []
         if len(values) != len(prompts) and (values or name == "validation_image") and hasattr(args, name):
             parser.error(f"Got {len(values)} --{name} for {len(prompts)} --validation_prompt: give one a prompt.")
-    files = [args.jsonl, *(getattr(args, "validation_image", None) or [])]
-    for path in [*files, *(getattr(args, "validation_target", None) or [])]:
-        if path is not None and not Path(path).is_file():
+    pictures = [*(getattr(args, "validation_image", None) or []), *(getattr(args, "validation_target", None) or [])]
+    for path in pictures:
+        if not Path(path).is_file():
             parser.error(f"{path} is not a file.")
-    for name in "image_root train_data_dir precomputed_conditions".split():
-        path = getattr(args, name)
-        if path is not None and not Path(path).is_dir():
-            parser.error(f"--{name} {path} is not a folder.")
     if args.push_to_hub and get_token() is None:
         parser.error("--push_to_hub needs a login: run `hf auth login`, or set HF_TOKEN in the environment.")
     check_output_dir(parser, args)

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderDC
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
@@ -31,20 +30,11 @@ from torch.utils.data import Dataset
 
 from ..data import UnreadableSampleError
 from ..pipelines import DIMEditPipeline, DIMPipeline
+from .checkpoints import UNFINISHED, save_whole
 
 
 TENSORS = ("hidden_states", "latents", "image_latents")
 FACTS = "facts.json"
-UNFINISHED = ".unfinished-"
-
-
-def encode_images(pipe: DIMPipeline, images: list[Image.Image], height: int, width: int) -> torch.Tensor:
-    """
-    Scaled latents `(len(images), latent_channels, height / factor, width / factor)` of RGB pictures, float32: the
-    autoencoder's view of a picture to paint is that of a source to edit.
-    """
-    pixels = pipe.image_processor.preprocess(images, height, width).to(device=pipe.vae.device, dtype=pipe.vae.dtype)
-    return pipe.vae.encode(pixels, return_dict=False)[0].float() * pipe.vae.config.scaling_factor
 
 
 @torch.no_grad()
@@ -91,7 +81,7 @@ def encode_samples(
     pictures = {"latents": [sample["target"] for sample in samples], "image_latents": sources}
     for name, images in pictures.items():
         if images is not None:
-            for item, latents in zip(items, encode_images(pipe, images, height, width)):
+            for item, latents in zip(items, pipe.prepare_image_latents(images, height, width, pipe.vae.device)):
                 item[name] = latents.clone(memory_format=torch.contiguous_format)
     return items
 
@@ -161,14 +151,6 @@ def collate_encoded(
         batch["attention_mask"] = torch.arange(batch["hidden_states"].shape[1]) < lengths[:, None]
     batch["weights"] = torch.full((len(rows),), float(len(items) > 0))
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def save_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there as a whole or not at all."""
-    # A name of its own: of a killed run some processes may live on for a while.
-    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def shard_path(folder: str | Path, number: int) -> Path:

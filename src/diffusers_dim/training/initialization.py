@@ -13,6 +13,7 @@
 # limitations under the License.
 """Where trainings start: SANA with a vision-language model as a text-to-image pipeline, and that one as an editor."""
 
+import argparse
 import os
 from typing import Any
 
@@ -22,6 +23,34 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ..models import DIMConnector, DIMProcessor, DIMTransformer2DModel
 from ..pipelines import DIMEditPipeline, DIMPipeline
+from .setup import read_pipeline_kind
+
+
+def load_pipeline(args: argparse.Namespace, allowed: tuple[str, ...], components: dict[str, Any]) -> DIMPipeline:
+    """
+    Reads the pipeline of the model options, of one of the `allowed` kinds of [`read_pipeline_kind`]: in float32, its
+    vision-language model in `args.frozen_dtype`, and with `components` in place of its own, which are then not read.
+    """
+    kind = read_pipeline_kind(args, allowed)
+    text_encoder_dtype = getattr(torch, args.frozen_dtype)
+    if kind == "sana":
+        return load_sana(
+            args.pretrained_model_name_or_path,
+            args.text_encoder_name_or_path,
+            args.max_sequence_length,
+            torch.Generator().manual_seed(args.seed),
+            revision=args.revision,
+            variant=args.variant,
+            text_encoder_dtype=text_encoder_dtype,
+            **components,
+        )
+    return (DIMEditPipeline if kind == "edit" else DIMPipeline).from_pretrained(
+        args.pretrained_model_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        dtype={"text_encoder": text_encoder_dtype, "default": torch.float32},
+        **components,
+    )
 
 
 def load_sana(

@@ -15,7 +15,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,8 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+
+from .checkpoints import save_whole
 
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,7 @@ def cut_losses(path: Path, step: int) -> None:
     """Cuts a `losses.jsonl` back to `step`: a killed run has gone further than its last checkpoint."""
     kept = [json.dumps(entry) + "\n" for entry in read_losses(path) if entry["step"] <= step]
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".aside")
-    aside.write_text("".join(kept))
-    os.replace(aside, path)
+    save_whole(path, "".join(kept))
 
 
 def draw_curves(losses: str | Path, path: str | Path) -> Path | None:

@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from diffusers import AutoencoderDC, DiffusionPipeline
 from ..data import SkippedSamples, TrainingLoader, load_training_data
 from ..data.records import Kind
 from ..pipelines import DIMPipeline
-from .checkpoints import checkpoint_step, latest_checkpoint
-from .conditions import PrecomputedDataset
-from .distributed import check_optimizer, distributed_accelerator, shard_frozen
+from .checkpoints import checkpoint_step, latest_checkpoint, save_whole
+from .conditions import PrecomputedDataset, read_vae_facts
+from .distributed import MIXED_DTYPES, check_optimizer, distributed_accelerator, shard_frozen
 from .model_card import push_to_hub, save_model_card
 from .monitor import draw_curves
 
@@ -58,7 +59,8 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     args.mixed_precision = accelerator.mixed_precision
     if args.frozen_dtype is None:
-        args.frozen_dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(accelerator.mixed_precision, "float32")
+        dtype = MIXED_DTYPES.get(accelerator.mixed_precision, torch.float32)
+        args.frozen_dtype = str(dtype).removeprefix("torch.")
     check_optimizer(accelerator, optimizer_settings(args, accelerator)["name"])
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -77,7 +79,7 @@ def read_pipeline_kind(args: argparse.Namespace, allowed: tuple[str, ...]) -> st
     What `--pretrained_model_name_or_path` holds, by its `model_index.json`: "edit", "t2i" or "sana".
 
     Raises:
-        ValueError: If it is of none of the `allowed` kinds.
+        ValueError: If it is of none of the `allowed` kinds, or a SanaPipeline without `--text_encoder_name_or_path`.
     """
     path = args.pretrained_model_name_or_path
     class_name = DiffusionPipeline.load_config(path, revision=args.revision)["_class_name"]
@@ -86,6 +88,8 @@ def read_pipeline_kind(args: argparse.Namespace, allowed: tuple[str, ...]) -> st
     if kind not in allowed:
         names = [name for name, of in PIPELINE_KINDS.items() if of in allowed]
         raise ValueError(f"{path} holds a {class_name}, but this script trains from a {' or '.join(names)}.")
+    if kind == "sana" and args.text_encoder_name_or_path is None:
+        raise ValueError("A SanaPipeline needs a vision-language model: give --text_encoder_name_or_path.")
     return kind
 
 
@@ -121,7 +125,7 @@ def create_loader(args: argparse.Namespace, dataset: Any, accelerator: Accelerat
         dataset,
         args.train_batch_size,
         resolution=args.resolution,
-        vae_scale_factor=2 ** (len(config["encoder_block_out_channels"]) - 1),
+        vae_scale_factor=read_vae_facts(config)["vae_scale_factor"],
         aspect_ratio_bucketing=args.aspect_ratio_bucketing,
         group_by_length=args.group_by_length,
         seed=args.seed,
@@ -139,14 +143,31 @@ def count_train_steps(args: argparse.Namespace, loader: TrainingLoader) -> int:
     return math.ceil(args.num_train_epochs * loader.batches_per_epoch / args.gradient_accumulation_steps)
 
 
-def freeze(pipe: DIMPipeline, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Puts the frozen models on the device; with `--shard_text_encoder` each process holds its part of that one."""
+def prepare_pipeline(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    loader: TrainingLoader,
+    load: Callable[[dict[str, torch.nn.Module | None]], DIMPipeline],
+) -> DIMPipeline:
+    """
+    The pipeline that `load` reads, its frozen models on the device to encode, or `None` with
+    `--precomputed_conditions`, which have to fit; with `--shard_text_encoder` each process holds its part of that one.
+
+    Raises:
+        ValueError: If the precomputed conditions were made for another model or other settings.
+    """
+    if args.precomputed_conditions is not None:
+        pipe = load(dict.fromkeys(FROZEN_COMPONENTS))
+        loader.dataset.check(pipe, args)
+        return pipe
+    pipe = load({})
     pipe.text_encoder.requires_grad_(False)
     if args.shard_text_encoder:
         shard_frozen(pipe.text_encoder, accelerator)
     else:
         pipe.text_encoder.to(accelerator.device)
     pipe.vae.requires_grad_(False).to(accelerator.device)
+    return pipe
 
 
 def optimizer_settings(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
@@ -180,9 +201,7 @@ def begin_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".aside")
-        aside.write_text(json.dumps(settings, indent=2) + "\n")
-        aside.rename(path)
+        save_whole(path, json.dumps(settings, indent=2) + "\n")
     if args.report_to != "none":
         config = {key: value for key, value in settings.items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers(args.tracker_project_name, config)
