@@ -69,6 +69,7 @@ class SkippedSamples:
     def __init__(self, output_dir: str | Path, process_index: int = 0):
         self.path = Path(output_dir) / f"skipped-{process_index}.jsonl"
         self._lock = Lock()
+        self._listed: set[str] = set()
         content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:  # a killed run left half a line
@@ -88,8 +89,11 @@ class SkippedSamples:
     def add(self, error: UnreadableSampleError) -> None:
         """Lists a sample, unless it is listed."""
         with self._lock:
-            if error.id in self.ids:
+            if error.id not in self._listed:  # else it is met again in a later epoch, and no file need be read
+                self._listed = self.ids
+            if error.id in self._listed:
                 return
+            self._listed.add(error.id)
             logger.warning("Skipped sample %s, %s", error.id, error.reason)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as lines:
