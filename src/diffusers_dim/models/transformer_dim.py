@@ -53,6 +53,7 @@ from ..ops import (
     relu_linear_attention_state,
     uses_kernels,
 )
+from ..ops.recompute import recomputed
 
 
 if torch.distributed.is_available():
@@ -136,7 +137,15 @@ class DIMRMSNorm(RMSNorm):
     """diffusers' `RMSNorm`, in one pass over its input and rounded once."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(hidden_states, self.dim, self.weight.to(hidden_states.dtype), self.eps)
+        if hidden_states.device.type == "cpu":  # where torch has no kernel for it, and keeps each step's result
+            return recomputed(_rms_norm, hidden_states, self.weight, settings=(self.eps,))
+        return _rms_norm(hidden_states, self.weight, self.eps)
+
+
+def _rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    # A GPU's autocast would go to float32 and stay there, which the kernel does inside.
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return F.rms_norm(hidden_states, weight.shape, weight.to(hidden_states.dtype), eps)
 
 
 class DIMLinearAttnProcessor:
@@ -312,25 +321,24 @@ class DIMGLUMBConv(GLUMBConv):
         Returns:
             `torch.Tensor` of shape `(batch_size, height * width, dim)`.
         """
-        hidden_states = self.conv_inverted(hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2))
+        hidden_states = _pointwise(self.conv_inverted, hidden_states, height, width)
+        rows = height
         if parallel_config is not None:
-            hidden_states = _with_neighbouring_rows(hidden_states, parallel_config)
+            hidden_states = _with_neighbouring_rows(_as_picture(hidden_states, height, width), parallel_config)
+            hidden_states, rows = _as_tokens(hidden_states), height + 2
 
         conv = self.conv_depth
-        # Called past its module, the kernel must not pass by an adapter or a hook of that module.
-        if type(conv) is nn.Conv2d and "forward" not in conv.__dict__ and uses_kernels(hidden_states, conv.weight):
-            rows = hidden_states.shape[2]
-            hidden_states = hidden_states.permute(0, 2, 3, 1).flatten(1, 2)
+        training = torch.is_grad_enabled() and hidden_states.requires_grad
+        if _is_plain(conv) and (training or uses_kernels(hidden_states, conv.weight)):
             hidden_states = gated_depthwise_conv(hidden_states, conv.weight, conv.bias, rows, width)
-            hidden_states = hidden_states.unflatten(1, (rows, width)).permute(0, 3, 1, 2)
         else:
-            inplace = not (torch.is_grad_enabled() and hidden_states.requires_grad)
-            hidden_states, gate = conv(F.silu(hidden_states, inplace=inplace)).chunk(2, dim=1)
-            hidden_states = hidden_states * F.silu(gate, inplace=inplace)
+            hidden_states = F.silu(_as_picture(hidden_states, rows, width), inplace=not training)
+            hidden_states, gate = conv(hidden_states).chunk(2, dim=1)
+            hidden_states = _as_tokens(hidden_states * F.silu(gate, inplace=not training))
 
         if parallel_config is not None:
-            hidden_states = hidden_states[:, :, 1:-1]
-        return self.conv_point(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)
+            hidden_states = hidden_states[:, width:-width]
+        return _pointwise(self.conv_point, hidden_states, height, width)
 
 
 class DIMTransformerBlock(nn.Module):
@@ -766,6 +774,34 @@ class DIMTransformer2DModel(SanaTransformer2DModel, CacheMixin, ModelMixin):
 def tensor_version(tensor: torch.Tensor) -> Any:
     """What changes when `tensor` is changed in place; of an inference tensor, which does not tell, always another."""
     return object() if tensor.is_inference() else tensor._version
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether `conv` may be computed past its module: not if an adapter or a hook of that module would be left out."""
+    hooked = "forward" in conv.__dict__ or any(
+        (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    )
+    return type(conv) is nn.Conv2d and type(conv.weight) is nn.Parameter and not hooked
+
+
+def _pointwise(conv: nn.Conv2d, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """
+    A convolution of 1x1 of tokens `(batch_size, height * width, channels)`, as the matrix product that it is: the
+    gradients of a convolution take up to four times as long.
+    """
+    if _is_plain(conv):
+        return F.linear(hidden_states, conv.weight.flatten(1), conv.bias)
+    return _as_tokens(conv(_as_picture(hidden_states, height, width)))
+
+
+def _as_picture(hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Tokens as `(batch_size, channels, height, width)`, with channels last in memory."""
+    return hidden_states.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def _as_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
+    """The reverse of [`_as_picture`]."""
+    return hidden_states.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .recompute import recomputed
 from .switch import uses_kernels
 
 
@@ -52,7 +53,7 @@ def gated_depthwise_conv(
     _check(hidden_states, weight, bias, height, width)
     if uses_kernels(hidden_states, weight, bias):
         return _gated_depthwise_conv(hidden_states, weight, bias, height, width)
-    return gated_depthwise_conv_reference(hidden_states, weight, bias, height, width)
+    return recomputed(gated_depthwise_conv_reference, hidden_states, weight, bias, settings=(height, width))
 
 
 def gated_depthwise_conv_reference(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .recompute import recomputed
 from .switch import uses_kernels
 
 
@@ -78,7 +79,7 @@ def relu_linear_attention_state(key: torch.Tensor, value: torch.Tensor) -> torch
         )
     if key.shape[-1] <= MAX_HEAD_DIM and uses_kernels(key, value):
         return _state(key, value)
-    return relu_linear_attention_state_reference(key, value)
+    return recomputed(relu_linear_attention_state_reference, key, value)
 
 
 def relu_linear_attention_apply(query: torch.Tensor, state: torch.Tensor, eps: float = 1e-15) -> torch.Tensor:
@@ -104,7 +105,7 @@ def relu_linear_attention_apply(query: torch.Tensor, state: torch.Tensor, eps: f
         )
     if query.shape[-1] <= MAX_HEAD_DIM and uses_kernels(query, state):
         return _apply(query, state, eps)
-    return relu_linear_attention_apply_reference(query, state, eps)
+    return recomputed(relu_linear_attention_apply_reference, query, state, settings=(eps,))
 
 
 def relu_linear_attention_reference(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .recompute import recomputed
 from .switch import uses_kernels
 
 
@@ -53,7 +54,7 @@ def layer_norm_modulate(
     shift, scale = _fit(hidden_states, shift=shift), _fit(hidden_states, scale=scale)
     if hidden_states.shape[-1] <= MAX_CHANNELS and uses_kernels(hidden_states, shift, scale):
         return _modulate(hidden_states, None, None, shift, scale, eps)[0]
-    return layer_norm_modulate_reference(hidden_states, shift, scale, eps)
+    return recomputed(layer_norm_modulate_reference, hidden_states, shift, scale, settings=(eps,))
 
 
 def gate_residual(residual: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
@@ -75,7 +76,7 @@ def gate_residual(residual: torch.Tensor, gate: torch.Tensor, update: torch.Tens
     gate = _fit(residual, gate=gate)
     if residual.shape[-1] <= MAX_CHANNELS and uses_kernels(residual, gate, update):
         return _modulate(residual, gate, update, None, None, 0.0)[0]
-    return gate_residual_reference(residual, gate, update)
+    return recomputed(gate_residual_reference, residual, gate, update)
 
 
 def gate_residual_layer_norm_modulate(
@@ -115,7 +116,12 @@ def gate_residual_layer_norm_modulate(
     vectors = (shift, scale) if gate is None else (shift, scale, gate)
     if residual.shape[-1] <= MAX_CHANNELS and uses_kernels(residual, update, *vectors):
         return tuple(_modulate(residual, gate, update, shift, scale, eps))
-    return gate_residual_layer_norm_modulate_reference(residual, gate, update, shift, scale, eps)
+    if gate is None:
+        hidden_states = (residual + update).to(residual.dtype)
+    else:
+        hidden_states = recomputed(gate_residual_reference, residual, gate, update)
+    # The norm is of the sum itself, which is kept anyway.
+    return hidden_states, recomputed(layer_norm_modulate_reference, hidden_states, shift, scale, settings=(eps,))
 
 
 def layer_norm_modulate_reference(

@@ -37,7 +37,7 @@ def create_optimizer(
         parameters (iterable of `torch.nn.Parameter` or of parameter groups):
             What to train.
         name (`str`, defaults to `"adamw"`):
-            "adamw" is torch's, fused where there is CUDA. "adamw8bit" is bitsandbytes', with moments in 8 bits. "came"
+            "adamw" is torch's, fused. "adamw8bit" is bitsandbytes', with moments in 8 bits. "came"
             is pytorch_optimizer's CAME (https://huggingface.co/papers/2307.02047), SANA's optimizer, with one moment
             in full and the second moments as a row and a column. "prodigy" is pytorch_optimizer's Prodigy
             (https://huggingface.co/papers/2306.06101), which finds its learning rate by itself, set as diffusers'
@@ -76,8 +76,7 @@ def create_optimizer(
             betas=(beta1, beta2),
             weight_decay=weight_decay,
             eps=epsilon,
-            # The weights may still lie on the CPU here, where fused steps work, too.
-            fused=torch.cuda.is_available() or None,
+            fused=True,
         )
     if name == "adamw8bit":
         try:
