@@ -16,6 +16,7 @@ PLOT = ROOT / "docs" / "speed.png"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 TRAINING_PAGE = ROOT / "docs" / "training_speed.md"
 TRAINING_BEGIN, TRAINING_END = "<!-- train-bench:begin -->", "<!-- train-bench:end -->"
+DESIGN_BEGIN, DESIGN_END = "<!-- design-bench:begin -->", "<!-- design-bench:end -->"
 UNMEASURED = "unmeasured"
 # Which JSON holds what: the published width on a CPU, the published model on a GPU, the embedded model.
 CPU, GPU, EMBEDDED = "cpu", "full", "embedded"
@@ -53,6 +54,12 @@ APPROXIMATIONS = {
     "two_thirds_of_the_steps": "two thirds of the steps",
     "half_of_the_steps": "half of the steps",
     "a_third_of_the_steps": "a third of the steps",
+}
+DESIGN = {
+    "separate": "`generate`, then encoding apart",
+    "shared": "the picture seen once",
+    "shared, static cache": "the same, static cache",
+    "shared, compiled": "the same, compiled",
 }
 TRAINING = {
     "stock": "stock",
@@ -267,6 +274,35 @@ def make_report(folder: Path = RESULTS) -> str:
             2, "![Time of stock parts, of this package and of the floor; growth; approximations](docs/speed.png)"
         )
     return "\n\n".join(parts)
+
+
+def design_report(folder: Path = RESULTS) -> str:
+    """The table of designing, in Markdown, of the JSONs in a folder."""
+    results = Results(folder)
+    places = {f"design_{CPU}": "CPU", f"design_{GPU}": "GPU"}
+    form = "; {layers} layers, {size} px, {results[picture_tokens]} picture tokens, {results[new_tokens]} written"
+    heads = [
+        f"{place}: {results.setting(file, 'design')}{sizes(results, file, 'design', form)}."
+        for file, place in places.items()
+    ]
+    rows = []
+    for name, words in DESIGN.items():
+        cells = [get(results.section(file, "design"), "variants", name) for file in places]
+        rows.append(
+            [words]
+            + [
+                text
+                for cell in cells
+                for text in (
+                    seconds(get(cell, "median_seconds")),
+                    number(get(cell, "times_faster_than_separate")),
+                )
+            ]
+        )
+    head = ["design and encoding of one picture"]
+    for place in places.values():
+        head += [place, "times faster"]
+    return " ".join(heads) + "\n\n" + table(head, rows)
 
 
 def gigabytes(value: float | None) -> str:
@@ -509,6 +545,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=PLOT)
     args = parser.parse_args()
     update_readme(args.readme, make_report(args.results))
+    update_readme(args.readme, design_report(args.results), DESIGN_BEGIN, DESIGN_END)
     update_readme(args.training_page, training_report(args.results), TRAINING_BEGIN, TRAINING_END)
     if any(args.results.glob("*.json")):
         draw(args.results, args.plot)

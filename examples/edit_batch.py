@@ -296,7 +296,8 @@ def main(args: argparse.Namespace) -> None:
                 plan = [picture for edit in batch for picture in plans[edit.line].items()]
                 images = pipe(
                     [read_source(edit) for edit in batch],
-                    [edit.fields.get("blueprint") or edit.fields["prompt"] for edit in batch],
+                    [edit.fields["prompt"] for edit in batch],
+                    blueprint=[edit.fields.get("blueprint") or None for edit in batch],
                     height=height,
                     width=width,
                     num_inference_steps=args.num_inference_steps,

@@ -56,6 +56,7 @@ def convert_golden(golden: Golden, output: Path) -> Path:
         vae=golden.path / "vae_base",
         output=output,
         transformer_config=golden.path / "transformer_config.json",
+        designer="none",  # a model of random weights writes no blueprints
     ).path
 
 

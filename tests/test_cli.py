@@ -126,7 +126,7 @@ def test_convert_makes_a_folder_that_edit_takes(golden_edit, source, tmp_path):
     assert str(tmp_path / "model") in result.stdout
     edited = run(
         *("edit", "--image", source, "--prompt", "Blue.", "--model", tmp_path / "model"),
-        *("--output", tmp_path / "out.png", "--steps", 1, "--device", "cpu"),
+        *("--output", tmp_path / "out.png", "--steps", 1, "--device", "cpu", "--designer", "none"),
     )
     assert edited.exit_code == 0, edited.output
 

@@ -14,6 +14,15 @@ _MODULE_OF = {
     "DIMPipeline": "pipelines.pipeline_dim",
     "DIMEditPipeline": "pipelines.pipeline_dim_edit",
     "DIMPipelineOutput": "pipelines.pipeline_output",
+    "Blueprint": "designers",
+    "BlueprintCache": "designers",
+    "DesignError": "designers",
+    "Designer": "designers",
+    "FunctionDesigner": "designers",
+    "OpenAIDesigner": "designers",
+    "ReplayDesigner": "designers",
+    "SelfDesigner": "designers",
+    "VLMDesigner": "designers",
     "convert_released_checkpoint": "loaders.released",
     "TINY_SHAPES": "tiny",
 }
@@ -21,6 +30,15 @@ _MODULE_OF = {
 __all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:
+    from .designers import Blueprint as Blueprint
+    from .designers import BlueprintCache as BlueprintCache
+    from .designers import Designer as Designer
+    from .designers import DesignError as DesignError
+    from .designers import FunctionDesigner as FunctionDesigner
+    from .designers import OpenAIDesigner as OpenAIDesigner
+    from .designers import ReplayDesigner as ReplayDesigner
+    from .designers import SelfDesigner as SelfDesigner
+    from .designers import VLMDesigner as VLMDesigner
     from .image_processor import DIMImageProcessor as DIMImageProcessor
     from .loaders.released import convert_released_checkpoint as convert_released_checkpoint
     from .models import DIMConnector as DIMConnector

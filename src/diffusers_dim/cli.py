@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The command line: `diffusers-dim edit`, `generate`, `convert` and `demo`.
+The command line: `diffusers-dim edit`, `generate`, `convert`, `design` and `demo`.
 
 torch and the models are imported inside the functions that need them, so that `--help` answers at once.
 """
@@ -31,12 +31,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import __version__
+from .data_cli import data_app
 
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from .designers import Designer
     from .pipelines import DIMPipeline
 
 
@@ -48,6 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(data_app, name="data")
 
 # Options that `edit` and `generate` share
 PromptOption = Annotated[str, typer.Option(help="What to do, or to paint, in words.")]
@@ -71,6 +74,10 @@ DtypeOption = Annotated[
 OffloadOption = Annotated[
     Literal["none", "model", "sequential", "group"],
     typer.Option(help="Keep components (model), layers (sequential) or groups of layers in CPU memory till needed."),
+]
+DesignerOption = Annotated[
+    Literal["default", "self", "none"],
+    typer.Option(help="Who words what is painted: the model's default, its own vision-language model, or nobody."),
 ]
 VaeTilingOption = Annotated[bool, typer.Option("--vae-tiling", help="Decode large pictures in tiles.")]
 
@@ -122,17 +129,22 @@ def read_image(path: Path) -> "Image.Image":
     return image
 
 
-def check_output(path: Path) -> None:
-    """Raises a `ValueError` if a picture could not be saved there, before anything is computed."""
-    from PIL import Image
-
+def check_writable(path: Path, hint: str) -> None:
+    """Raises a `ValueError` if no file could be written there."""
     if path.is_dir():
-        raise ValueError(f"--output {path}: is a folder; name a picture file, such as {path / 'edited.png'}.")
+        raise ValueError(f"--output {path}: is a folder; name {hint}.")
     folder = path.absolute().parent
     if not folder.is_dir():
         raise ValueError(f"--output {path}: there is no folder {folder}.")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise ValueError(f"--output {path}: cannot be written.")
+
+
+def check_output(path: Path) -> None:
+    """Raises a `ValueError` if a picture could not be saved there, before anything is computed."""
+    from PIL import Image
+
+    check_writable(path, f"a picture file, such as {path / 'edited.png'}")
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"--output {path}: its name has to end in a picture format, such as .png, .jpg or .webp.")
@@ -212,6 +224,14 @@ def show_progress_on_terminals_only() -> None:
         transformers_logging.disable_progress_bar()
 
 
+def print_growing(text: str, printed: str, err: bool = False) -> None:
+    """Prints what `text` has more than what was printed of it, or all of it where it is another one."""
+    if not text.startswith(printed):
+        typer.echo("\n\n", nl=False, err=err)
+        printed = ""
+    typer.echo(text[len(printed) :], nl=False, err=err)
+
+
 def load_pipeline(
     kind: Literal["edit", "t2i"],
     model: str,
@@ -284,6 +304,7 @@ def paint(
     dtype: str,
     offload: str,
     vae_tiling: bool,
+    designer: str,
     **inputs: Any,
 ) -> None:
     """Loads a pipeline, calls it with `inputs`, and saves and reports what it paints: the body of two commands."""
@@ -294,15 +315,28 @@ def paint(
     import torch
 
     pipe = load_pipeline(kind, model, torch_device, torch_dtype, offload, vae_tiling)
+    if designer != "default":
+        pipe.designer = None if designer == "none" else designer
     seed = secrets.randbelow(2**32) if seed is None else seed
+    printed = ""
+
+    def show(pipe: "DIMPipeline", index: int, text: str) -> None:
+        nonlocal printed
+        print_growing(text, printed, err=True)
+        printed = text
+
+    if sys.stderr.isatty():
+        inputs["callback_on_design"] = show
     start = time.perf_counter()
     # On the CPU, so that a seed gives the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(num_images)]
-    images = pipe(generator=generators, num_images_per_prompt=num_images, return_dict=False, **inputs)[0]
+    painted: Any = pipe(generator=generators, num_images_per_prompt=num_images, **inputs)
+    images, blueprint = painted.images, (painted.blueprints or [None])[0]
     seconds = time.perf_counter() - start
 
     given = {name: value for name, value in inputs.items() if isinstance(value, str)}
     settings = {
+        **({} if blueprint is None else {"blueprint": str(blueprint)}),
         "num_inference_steps": pipe.num_timesteps,
         "guidance_scale": pipe.guidance_scale,
         "model": Path(model).name if Path(model).exists() else model,
@@ -346,6 +380,7 @@ def edit(
             metavar="TEXT|@FILE", help="The edit's design, painted from in the prompt's place.", show_default="none"
         ),
     ] = None,
+    designer: DesignerOption = "default",
     num_images: NumImagesOption = 1,
     offload: OffloadOption = "none",
     vae_tiling: VaeTilingOption = False,
@@ -363,6 +398,7 @@ def edit(
         dtype,
         offload,
         vae_tiling,
+        designer,
         image=read_image(image),
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -388,6 +424,7 @@ def generate(
     height: HeightOption = None,
     width: WidthOption = None,
     negative_prompt: NegativePromptOption = None,
+    designer: DesignerOption = "default",
     num_images: NumImagesOption = 1,
     offload: OffloadOption = "none",
     vae_tiling: VaeTilingOption = False,
@@ -403,6 +440,7 @@ def generate(
         dtype,
         offload,
         vae_tiling,
+        designer,
         prompt=prompt,
         negative_prompt=negative_prompt,
         height=height,
@@ -425,17 +463,222 @@ def convert(
         Path | None, typer.Option(help="JSON of the painter's arguments that shapes don't tell.", show_default="none")
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the written weights.")] = "float32",
+    designer: Annotated[
+        Literal["default", "self", "none"],
+        typer.Option(help="Who words what is painted, unless told otherwise; by default self for an edit model."),
+    ] = "default",
 ) -> None:
     """Turn a released checkpoint into a diffusers folder, once."""
     from . import convert_released_checkpoint
 
     show_progress_on_terminals_only()
     converted = convert_released_checkpoint(
-        checkpoint, text_encoder, vae, output, transformer_config=transformer_config, dtype=dtype
+        checkpoint, text_encoder, vae, output, transformer_config=transformer_config, dtype=dtype, designer=designer
     )
     typer.echo(
         f"{converted.num_parameters / 1e6:,.1f} million parameters for {converted.pipeline_class}, {dtype}:"
         f" {converted.path}"
+    )
+
+
+# The options of `design` that each designer takes.
+DESIGNER_OPTIONS = {
+    "self": ("--model", "--batch-size", "--max-new-tokens", "--cache", "--device", "--dtype"),
+    "vlm": ("--model", "--batch-size", "--max-new-tokens", "--cache", "--device", "--dtype"),
+    "openai": ("--model", "--base-url", "--concurrency", "--max-new-tokens", "--cache"),
+    "replay": ("--blueprints",),
+}
+
+
+def load_designer(kind: str, on_failure: str, options: dict[str, Any]) -> "Designer":
+    """
+    The designer of that kind.
+
+    Args:
+        kind (`str`): One of `DESIGNER_OPTIONS`.
+        on_failure (`str`): See [`Designer`].
+        options (`dict`): What was given on the command line by the options' names.
+
+    Raises:
+        ValueError: If it cannot be had, or an option is missing.
+    """
+    from .designers import BlueprintCache
+
+    common: dict[str, Any] = {"on_failure": on_failure}
+    if "--cache" in options:
+        common["cache"] = BlueprintCache(options["--cache"])
+    if "--max-new-tokens" in options:
+        common["max_new_tokens"] = options["--max-new-tokens"]
+    if kind == "replay":
+        from .designers.replay import ReplayDesigner
+
+        return ReplayDesigner(options["--blueprints"], **common)
+    model = options["--model"]
+    if kind == "openai":
+        from .designers.openai import OpenAIDesigner
+
+        try:
+            return OpenAIDesigner(
+                model, base_url=options.get("--base-url"), concurrency=options.get("--concurrency", 8), **common
+            )
+        except ImportError as error:
+            raise ValueError(f"--designer openai: {error}.") from error
+    common["batch_size"] = options.get("--batch-size", 8)
+    device = resolve_device(options.get("--device", "auto"))
+    dtype = resolve_dtype(options.get("--dtype", "auto"), device)
+    if kind == "vlm":
+        from .designers.vlm import VLMDesigner
+
+        show_progress_on_terminals_only()
+        return VLMDesigner(model, dtype=dtype, device=device, **common)
+    from .designers.self_designer import SelfDesigner
+
+    return SelfDesigner(load_pipeline("edit", model, device, dtype), **common)
+
+
+@app.command()
+@errors_in_one_line()
+def design(
+    image: Annotated[
+        Path | None, typer.Option(help="The picture to design an edit of; with --prompt.", show_default="none")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to do with it, in words.", show_default="none")] = None,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(
+            help="Many edits, in the place of --image: `image_path` and `instruction`, else `prompt`, a line.",
+            show_default="none",
+        ),
+    ] = None,
+    image_dir: Annotated[
+        Path | None, typer.Option(help="What paths of pictures are relative to.", show_default="the jsonl's folder")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file to write; with --jsonl a jsonl, the blueprints as `prompt`. A run that was stopped goes"
+            " on, and one that failed for some tries these again.",
+            show_default="the blueprint is printed",
+        ),
+    ] = None,
+    designer: Annotated[
+        Literal["self", "vlm", "openai", "replay"],
+        typer.Option(
+            help="Who designs: the edit pipeline's own model, another vision-language model, one behind a chat"
+            " completions server (its key from OPENAI_API_KEY), or a file of blueprints."
+        ),
+    ] = "self",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or Hub repository id of the pipeline (self) or the model (vlm), or a server's model.",
+            show_default="none",
+        ),
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="The server, such as http://localhost:8000/v1.", show_default="OpenAI's")
+    ] = None,
+    blueprints: Annotated[
+        Path | None, typer.Option(help="The jsonl of --designer replay.", show_default="none")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, thoughts too.", show_default="1024")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures at a time, of self and vlm.", show_default="8")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests at a time, of openai.", show_default="8")
+    ] = None,
+    on_failure: Annotated[
+        Literal["error", "instruction"],
+        typer.Option(help="What a designer that fails twice leaves: an error, or the instruction as it is."),
+    ] = "error",
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps blueprints for any later run.", show_default="none")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+) -> None:
+    """Write the blueprint of an edit, or of many."""
+    given: dict[str, Any] = {
+        "--model": model,
+        "--base-url": base_url,
+        "--blueprints": blueprints,
+        "--max-new-tokens": max_new_tokens,
+        "--batch-size": batch_size,
+        "--concurrency": concurrency,
+        "--cache": cache,
+        "--device": None if device == "auto" else device,
+        "--dtype": None if dtype == "auto" else dtype,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    taken = DESIGNER_OPTIONS[designer]
+    for name in options:
+        if name not in taken:
+            # Without the value: an address may hold a password.
+            raise ValueError(f"{name}: is nothing for --designer {designer}, which takes {', '.join(taken)}.")
+    if taken[0] not in options:
+        raise ValueError(f"--designer {designer}: needs {taken[0]}.")
+    if (jsonl is None) == (image is None):
+        raise ValueError("Give --image with --prompt, or --jsonl with --output.")
+    if (prompt is None) != (image is None):
+        raise ValueError("Give --prompt with --image; the lines of a --jsonl have their own.")
+    if output is not None:
+        check_writable(output, "a file")
+
+    if jsonl is not None:
+        if output is None:
+            raise ValueError(f"--jsonl {jsonl}: needs --output, the jsonl to write.")
+        from .designers.jobs import DesignJob
+
+        job = DesignJob(jsonl, output, image_dir)
+        at_a_time = 4 * options.get("--concurrency", options.get("--batch-size", 8))
+        # Not even loaded if nothing is left to do.
+        loaded = load_designer(designer, on_failure, options) if job.left else None
+        summary = job.run(loaded, at_a_time, sys.stderr.isatty())
+        typer.echo(
+            f"{summary.rows} of {len(job.rows)} designs: {summary.done} new ({summary.repaired} repaired,"
+            f" {summary.cached} from the cache, {summary.fallbacks} the plain instruction), {summary.kept} before,"
+            f" {summary.failed} failed, {summary.tokens:,} tokens, {summary.seconds:.1f} s: {output}"
+        )
+        if summary.failed:
+            typer.echo(f"diffusers-dim: error: {summary.failed} failed: {job.failures}", err=True)
+            raise typer.Exit(1)
+        return
+
+    if image_dir is not None:
+        raise ValueError(f"--image-dir {image_dir}: is for a --jsonl.")
+    if not prompt.strip():
+        raise ValueError("--prompt: holds no text.")
+    picture = read_image(image)
+
+    from .image_processor import DIMImageProcessor
+
+    picture = DIMImageProcessor().to_rgb(picture)[0]
+    loaded = load_designer(designer, on_failure, options)
+    start = time.perf_counter()
+    printed = ""
+
+    def show(index: int, text: str) -> None:
+        nonlocal printed
+        print_growing(text, printed)
+        printed = text
+
+    grows = output is None and sys.stdout.isatty()
+    (made,) = loaded.design_each([picture], [prompt], show if grows else None)
+    if printed:
+        typer.echo()
+    if made.blueprint is None:
+        typer.echo(f"diffusers-dim: error: {made.error}", err=True)
+        raise typer.Exit(1)
+    text = str(made.blueprint)
+    if output is not None:
+        output.write_text(f"{text}\n", encoding="utf-8")
+    elif text != printed.strip():
+        typer.echo(f"\n{text}" if printed else text)
+    typer.echo(
+        f"{made.tokens:,} tokens{', repaired' if made.repaired else ''}, {time.perf_counter() - start:.1f} s", err=True
     )
 
 
@@ -446,27 +689,34 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the pictures and of the noise.")] = 1,
     device: DeviceOption = "auto",
 ) -> None:
-    """Edit two small pictures and draw a before/after sheet."""
+    """Edit two small pictures by their blueprints and draw a before/after sheet."""
     check_output(output)
     torch_device = resolve_device(device)
 
     import torch
 
+    from .designers import FunctionDesigner
     from .evaluation.sheets import SheetRow, draw_sheet
     from .tiny import TINY_SHAPES, sample_edits
 
     pipe: Any = load_pipeline("edit", TINY_SHAPES, torch_device, torch.float32)
     samples = sample_edits(2, seed, kinds=("recolor", "replace"))
+    # The embedded reader is far too small to write: its world says by rule what a designer would.
+    by_rule = {sample.instruction: sample.blueprint for sample in samples}
+    pipe.designer = FunctionDesigner(lambda image, instruction: by_rule[instruction])
     start = time.perf_counter()
-    edited = pipe(
+    painted: Any = pipe(
         [sample.source for sample in samples],
         [sample.instruction for sample in samples],
         generator=[torch.Generator("cpu").manual_seed(seed + i) for i in range(len(samples))],
-    ).images
+    )
     seconds = time.perf_counter() - start
     rows = [
-        SheetRow(sample.instruction, [("before", sample.source), ("after", image), ("drawn by rule", sample.target)])
-        for sample, image in zip(samples, edited, strict=True)
+        SheetRow(
+            sample.instruction,
+            [("before", sample.source), ("blueprint", design), ("after", image), ("drawn by rule", sample.target)],
+        )
+        for sample, design, image in zip(samples, painted.blueprints, painted.images, strict=True)
     ]
     save_image(draw_sheet(rows), output, {"seed": seed, "version": __version__})
     typer.echo(f"{len(rows)} edits in {seconds:.1f} s on {torch_device}, seed {seed}: {output}")

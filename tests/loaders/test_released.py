@@ -76,6 +76,7 @@ def convert(golden_edit, tmp_path):
             "vae": golden_edit.path / "vae_base",
             "output": tmp_path / "output",
             "transformer_config": golden_edit.path / "transformer_config.json",
+            "designer": "none",
         }
         return convert_released_checkpoint(checkpoint, **{**arguments, **kwargs})
 
@@ -381,7 +382,7 @@ def convert_from_hub(address: str, checkpoint: str, config: Path, tmp_path: Path
     command = (
         "from diffusers_dim.loaders import convert_released_checkpoint\n"
         f"convert_released_checkpoint({checkpoint!r}, 'me/qwen', 'me/vae', {str(tmp_path / 'output')!r},"
-        f" transformer_config={str(config)!r})"
+        f" transformer_config={str(config)!r}, designer='none')"
     )
     settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     environment = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -622,6 +623,29 @@ def test_channels_have_to_be_the_vaes(convert, weights):
     assert get_complaints(convert, weights, transformer_config=HEADS)[2:] == [
         "wrong channels: decoder.model.final_layer.linear.weight gives 3, but the VAE's latents have 4"
     ]
+
+
+@pytest.mark.parametrize(
+    "kind, designer, found",
+    [("edit", "default", "self"), ("t2i", "default", None), ("edit", "none", None), ("t2i", "self", "self")],
+)
+def test_the_designer_is_the_models_own_for_edits_unless_told_otherwise(kind, designer, found, request, tmp_path):
+    golden = request.getfixturevalue(f"golden_{kind}")
+    folder = convert_released_checkpoint(
+        golden.path / "model.safetensors",
+        golden.path / "qwen",
+        golden.path / "vae_base",
+        tmp_path / "model",
+        transformer_config=golden.path / "transformer_config.json",
+        designer=designer,
+    ).path
+    assert json.loads((folder / "model_index.json").read_text())["designer"] == found
+
+
+def test_an_unknown_designer_is_refused(golden_edit, convert, tmp_path):
+    with pytest.raises(ValueError, match='"default", "self" or "none", but is \'gpt-4o\''):
+        convert(golden_edit.path / "model.safetensors", designer="gpt-4o")
+    assert not (tmp_path / "output").exists()
 
 
 def test_config_and_checkpoint_have_to_agree(golden_t2i, convert):

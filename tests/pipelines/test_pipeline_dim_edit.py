@@ -235,7 +235,7 @@ def test_blueprint_that_is_more_than_text_is_read_as_its_text(designing, paint):
 
 def test_designer_of_too_few_blueprints_raises(designing, paint, source):
     designing.designer.design = lambda images, instructions: ["A plan."]
-    with pytest.raises(ValueError, match="1 blueprints for 2 images"):
+    with pytest.raises(ValueError, match="1 texts for 2 prompts"):
         paint(designing, image=[source] * 2)
 
 

@@ -1,3 +1,4 @@
+from ..files import read_jsonl
 from .buckets import BatchOrder, find_bucket
 from .loader import SkippedSamples, TrainingBatch, TrainingLoader
 from .records import (
@@ -5,7 +6,6 @@ from .records import (
     TrainingDataset,
     UnreadableSampleError,
     load_training_data,
-    read_jsonl,
 )
 
 

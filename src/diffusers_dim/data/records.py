@@ -14,11 +14,9 @@
 """Samples to train on, from jsonl files, datasets of the Hub or of a folder, picture folders and WebDataset tars."""
 
 import io
-import json
 import random
 import re
-import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -28,6 +26,7 @@ import fsspec
 from PIL import ExifTags, Image
 from torch.utils.data import Dataset
 
+from ..files import READ_ERRORS, read_jsonl
 from ..image_processor import DIMImageProcessor
 
 
@@ -58,8 +57,6 @@ JSONL_COLUMNS = {
 }
 FILE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # of the vision-language model, which a prompt must not hold
-# What PIL was seen to raise for broken files, RuntimeError by its AVIF reader and struct.error for EXIF.
-READ_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, struct.error, Image.DecompressionBombError)
 SHUFFLE_BUFFER = 1000  # undecoded rows of a stream
 
 Kind = Literal["edit", "t2i"]
@@ -78,31 +75,6 @@ class UnreadableSampleError(Exception):
         super().__init__(id, reason)
         self.id = id
         self.reason = reason
-
-
-def read_jsonl(path: str | Path, fields: Iterable[str]) -> dict[int, dict[str, Any]]:
-    """
-    The objects of a jsonl file by their lines' numbers, from 1; empty lines are passed over.
-
-    Raises:
-        ValueError: If the file holds no line, or a line is no JSON object or lacks one of `fields`; the line is named.
-    """
-    rows = {}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-            missing = [name for name in fields if not isinstance(row, dict) or name not in row]
-            if missing:
-                raise ValueError(f"{path}, line {number} lacks {missing}: a line needs {list(fields)}.")
-            rows[number] = row
-    if not rows:
-        raise ValueError(f"{path} holds no samples.")
-    return rows
 
 
 def list_columns(row: Mapping[str, Any]) -> list[str]:

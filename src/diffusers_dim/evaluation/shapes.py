@@ -153,7 +153,8 @@ def evaluate_shapes(
             height=height,
             width=width,
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))],
-            blueprint=[sample.blueprint for sample in batch] if blueprints else None,
+            # A designer of the pipeline's is no part of what is scored.
+            blueprint=[sample.blueprint if blueprints else sample.instruction for sample in batch],
             **call_kwargs,
         ).images
         for sample, image in zip(batch, images):

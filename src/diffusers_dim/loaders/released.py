@@ -215,6 +215,7 @@ def convert_released_checkpoint(
     transformer_config: str | os.PathLike | Mapping[str, Any] | None = None,
     dtype: torch.dtype | str = torch.float32,
     default_guidance_scale: float = 7.5,
+    designer: str = "default",
     max_shard_size: int | str = "5GB",
 ) -> ConvertedCheckpoint:
     r"""
@@ -245,6 +246,9 @@ def convert_released_checkpoint(
             Of the written weights: float32 or bfloat16.
         default_guidance_scale (`float`, defaults to `7.5`):
             The guidance scale that the pipeline takes when a call names none.
+        designer (`"default"`, `"self"` or `"none"`, defaults to `"default"`):
+            Who words what the pipeline paints, see [`DIMPipeline.designer`]: by default "self" for an edit model and
+            nobody for a text-to-image one.
         max_shard_size (`int` or `str`, defaults to `"5GB"`):
             Most bytes in one written file, and so in memory: a number, or digits with a unit. A larger tensor has a
             file of its own.
@@ -268,6 +272,8 @@ def convert_released_checkpoint(
         raise ValueError(f"`dtype` has to be one of {list(DTYPES)}, but is {dtype}.")
     if not (math.isfinite(default_guidance_scale) and default_guidance_scale >= 0):
         raise ValueError(f"`default_guidance_scale` has to be at least 0, but is {default_guidance_scale}.")
+    if designer not in ("default", "self", "none"):
+        raise ValueError(f'`designer` has to be "default", "self" or "none", but is {designer!r}.')
     given_config = _read_transformer_config(transformer_config)
 
     # 2. What the base repositories always give: configurations and the processor
@@ -353,6 +359,7 @@ def convert_released_checkpoint(
                 "_class_name": PIPELINES[kind],
                 "_diffusers_version": diffusers_version,
                 "default_guidance_scale": default_guidance_scale,
+                "designer": "self" if designer == "self" or (designer == "default" and kind == "edit") else None,
                 "text_encoder": ["transformers", type(text_encoder_model).__name__],
                 "processor": [type(processor).__module__, type(processor).__name__],
                 "connector": [type(connector_model).__module__, type(connector_model).__name__],

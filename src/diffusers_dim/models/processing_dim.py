@@ -13,12 +13,17 @@
 # limitations under the License.
 """What the vision-language model reads: a user turn of picture and text, and which tokens are the condition."""
 
+from typing import Any
+
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, BatchFeature
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.processing_utils import ProcessorMixin
+
+
+VISION_END = "<|vision_end|>"
 
 
 class DIMProcessor(Qwen2_5_VLProcessor, ProcessorMixin):
@@ -109,11 +114,7 @@ class DIMProcessor(Qwen2_5_VLProcessor, ProcessorMixin):
         text = [text] if isinstance(text, str) else list(text)
         if images is not None and len(images) != len(text):
             raise ValueError(f"Got {len(images)} images for {len(text)} prompts: give one image a prompt.")
-        for prompt in text:
-            found = [token for token in self.tokenizer.all_special_tokens if token in prompt]
-            if found:
-                raise ValueError(f"A prompt must not hold the tokenizer's special tokens, but holds {found}.")
-
+        self.check_text(text)
         content = [[{"type": "text", "text": prompt}] for prompt in text]
         if images is not None:
             images = [self.resize(image, height or image.height, width or image.width) for image in images]
@@ -124,6 +125,67 @@ class DIMProcessor(Qwen2_5_VLProcessor, ProcessorMixin):
         inputs = self(images=images, text=conversations, padding=True, padding_side="right", return_tensors="pt")
         inputs["condition_mask"] = self.get_condition_mask(inputs["input_ids"])
         return inputs
+
+    def check_text(self, text: list[str]) -> None:
+        """Raises a `ValueError` if a text holds the tokenizer's special tokens, which would be read as such."""
+        for prompt in text:
+            found = [token for token in self.tokenizer.all_special_tokens if token in prompt]
+            if found:
+                raise ValueError(f"A prompt must not hold the tokenizer's special tokens, but holds {found}.")
+
+    def encode_prefix(self, images: list[Image.Image], height: int, width: int) -> BatchFeature:
+        r"""
+        The start that all conversations about these pictures have in common: the default system message, the user
+        turn's head and the picture's tokens. What follows is [`~DIMProcessor.encode_continuation`]'s.
+
+        Args:
+            images (`list[PIL.Image.Image]`): RGB pictures.
+            height (`int`): Height of the edited picture in pixels, as in [`~DIMProcessor.encode`].
+            width (`int`): Width of the edited picture in pixels.
+
+        Returns:
+            `BatchFeature` as of [`~DIMProcessor.encode`] without its `condition_mask`; no row is padded.
+        """
+        inputs = self.encode([""] * len(images), images, height, width)
+        del inputs["condition_mask"]
+        vision_end = self.tokenizer.convert_tokens_to_ids(VISION_END)
+        # The views are of one size, so the pictures' tokens are as many in all rows.
+        length = int((inputs["input_ids"][0] == vision_end).nonzero().max()) + 1
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            inputs[name] = inputs[name][:, :length]
+        return inputs
+
+    def encode_continuation(
+        self, turns: list[tuple[str, ...]], add_generation_prompt: bool = False, padding_side: str = "right"
+    ) -> BatchFeature:
+        r"""
+        What follows [`~DIMProcessor.encode_prefix`]: the first turn's text and all later turns.
+
+        Args:
+            turns (`list[tuple[str, ...]]`):
+                For each picture the user's and the model's turns by turns, the user's first.
+            add_generation_prompt (`bool`, defaults to `False`): Whether the model's head follows, for it to answer.
+            padding_side (`str`, defaults to `"right"`): Where shorter rows are padded.
+
+        Returns:
+            `BatchFeature` of `input_ids` and `attention_mask`, each `(batch_size, tokens)`.
+
+        Raises:
+            ValueError: If a text holds a special token.
+        """
+        texts = []
+        for row in turns:
+            self.check_text(list(row))
+            conversation: list[dict[str, Any]] = [
+                {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": turn}]}
+                for i, turn in enumerate(row)
+            ]
+            conversation[0]["content"].insert(0, {"type": "image"})
+            text = self.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, tokenize=False)
+            texts.append(text.split(VISION_END, 1)[1])
+        return self.tokenizer(
+            texts, padding=True, padding_side=padding_side, add_special_tokens=False, return_tensors="pt"
+        )
 
     def get_condition_mask(self, input_ids: torch.Tensor) -> torch.Tensor:
         r"""

@@ -27,9 +27,11 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
+from ..designers import Designer, SelfDesigner
 from ..image_processor import MAX_ASPECT_RATIO, DIMImageProcessor
 from ..loaders.lora import DIMLoraLoaderMixin
 from ..models import DIMConnector, DIMProcessor, DIMTransformer2DModel
+from ..models.prefix_dim import DIMPrefix
 from ..models.transformer_dim import DIMDenoisingCache, is_compiled, tensor_version
 from .pipeline_output import DIMPipelineOutput
 
@@ -43,6 +45,10 @@ def pad_tokens(tokens: torch.Tensor, length: int) -> torch.Tensor:
     if padding == 0:
         return tokens
     return torch.cat([tokens, tokens.new_zeros(tokens.shape[0], padding, *tokens.shape[2:])], dim=1)
+
+
+class _Interrupted(Exception):
+    """Ends a design when the pipeline's call is interrupted."""
 
 
 class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
@@ -66,6 +72,10 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
             Published setting: `use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"`.
         default_guidance_scale (`float`, defaults to `7.5`):
             The checkpoint's own guidance scale, used when a call names none.
+        designer (`"self"`, *optional*):
+            Who rewrites prompts before they are painted, by name: "self" is the text encoder itself, and prompts that
+            it fails at are painted as they are, with a warning. `None` by default. Any [`Designer`] may be put in
+            later, see [`~DIMPipeline.designer`].
     """
 
     model_cpu_offload_seq = "text_encoder->connector->transformer->vae"
@@ -82,6 +92,7 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         vae: AutoencoderDC,
         scheduler: SchedulerMixin | KarrasDiffusionSchedulers,
         default_guidance_scale: float = 7.5,
+        designer: str | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -93,6 +104,10 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
             scheduler=scheduler,
         )
         self.register_to_config(default_guidance_scale=default_guidance_scale)
+        self.designer = designer
+        if isinstance(self.designer, SelfDesigner):
+            # Nobody asked for it in this program: a call must not fail over it.
+            self.designer.on_failure = "instruction"
         vae = getattr(self, "vae", None)
         self.vae_scale_factor = 2 ** (len(vae.config.encoder_block_out_channels) - 1) if vae is not None else 32
         self.latent_channels = vae.config.latent_channels if vae is not None else 32
@@ -129,6 +144,32 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
                 raise ValueError(f"{attn_implementation=} is for the text encoder, but this pipeline has none.")
             pipe.text_encoder.set_attn_implementation(attn_implementation)
         return pipe
+
+    @property
+    def designer(self) -> Designer | Any | None:
+        """
+        Who writes what is painted from: `None` (the prompt goes in verbatim), "self" (the pipeline's own
+        vision-language model) or an object whose `design(images, instructions)` returns a text for each, and which for
+        text-to-image has `rewrite(prompts)`. What has a name is saved with the pipeline and restored: "self". Set here it raises a
+        [`DesignError`] where the model writes no blueprint; restored it warns and takes the plain instruction, as does
+        `SelfDesigner(pipe, on_failure="instruction")`.
+        """
+        return self._designer
+
+    @designer.setter
+    def designer(self, designer: Designer | Any | None) -> None:
+        if isinstance(designer, str):
+            if designer != SelfDesigner.name:
+                raise ValueError(
+                    f'`designer` has to be None, "{SelfDesigner.name}" or a designer such as VLMDesigner or'
+                    f" OpenAIDesigner, but is {designer!r}."
+                )
+            designer = SelfDesigner(self)
+        method = "design" if self._latent_inputs == 2 else "rewrite"
+        if designer is not None and not callable(getattr(designer, method, None)):
+            raise ValueError(f"A designer of {type(self).__name__} has to have a method `{method}`: {designer!r}.")
+        self._designer = designer
+        self.register_to_config(designer=getattr(designer, "name", None))
 
     @property
     def guidance_scale(self) -> float:
@@ -331,6 +372,49 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
             return prompt_embeds.shape[0]
         return 1 if isinstance(prompt, str) else len(prompt)
 
+    def _ask_designer(
+        self, method: str, *inputs: list[Any], callback: Callable[..., Any] | None = None, **kwargs: Any
+    ) -> list[str | None]:
+        """Calls the designer's `method`, whose last input is a list of texts; `None` for each if interrupted."""
+
+        def told(index: int, text: str) -> None:
+            if callback is not None:
+                callback(self, index, text)
+            if self.interrupt:
+                raise _Interrupted
+
+        # An object of the user's own may take no more than the inputs.
+        if callback is not None or isinstance(self.designer, Designer):
+            kwargs["on_text"] = told
+        try:
+            designs = list(getattr(self.designer, method)(*inputs, **kwargs))
+        except _Interrupted:
+            return [None] * len(inputs[-1])
+        if len(designs) != len(inputs[-1]):
+            raise ValueError(f"The designer gave {len(designs)} texts for {len(inputs[-1])} prompts.")
+        return designs
+
+    def encode_prefix(
+        self, image: list[Image.Image], height: int, width: int, device: torch.device | None = None
+    ) -> DIMPrefix:
+        """
+        What the vision-language model makes of pictures before any text, for several texts to be read after them.
+
+        Args:
+            image (`list[PIL.Image.Image]`): RGB sources. One that is there several times is seen once.
+            height (`int`): Height in pixels of the picture to be painted, by which the source is seen.
+            width (`int`): Width in pixels of the picture to be painted.
+            device (`torch.device`, *optional*): Where to compute; the pipeline's execution device by default.
+
+        Returns:
+            [`DIMPrefix`] with a row an image.
+        """
+        once = {id(item): item for item in image}
+        places = {key: row for row, key in enumerate(once)}
+        inputs = self.processor.encode_prefix(list(once.values()), height, width)
+        prefix = DIMPrefix.compute(self.text_encoder, inputs.to(device or self._execution_device))
+        return prefix if len(once) == len(image) else prefix.select([places[id(item)] for item in image])
+
     def encode_hidden_states(
         self,
         prompt: list[str],
@@ -339,6 +423,7 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         width: int | None = None,
         device: torch.device | None = None,
         max_sequence_length: int = 8192,
+        prefix: DIMPrefix | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         What the vision-language model makes of prompts: its last hidden states on the user turn's content.
@@ -350,17 +435,27 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
             width (`int`, *optional*): For an edit: width in pixels of the picture to be painted.
             device (`torch.device`, *optional*): Where to compute; the pipeline's execution device by default.
             max_sequence_length (`int`, defaults to 8192): The last so many tokens are kept.
+            prefix ([`DIMPrefix`], *optional*): For an edit: what `encode_prefix` gave for these images and this size.
 
         Returns:
             Hidden states `(batch_size, tokens, hidden_size)`, zeros where padded, and their mask `(batch_size,
             tokens)`.
         """
         device = device or self._execution_device
-        inputs = self.processor.encode(prompt, image, height, width)
-        condition_mask = inputs.pop("condition_mask")
-        # Through the model's own forward, for its hooks' sake; the last of the hidden states is the normed one.
-        outputs = self.text_encoder(**inputs.to(device), output_hidden_states=True, use_cache=False, logits_to_keep=1)
-        hidden_states = outputs.hidden_states[-1].to(device)
+        if prefix is not None:
+            inputs = self.processor.encode_continuation([(text,) for text in prompt])
+            condition_mask = self.processor.get_condition_mask(
+                torch.cat([prefix.input_ids.cpu(), inputs["input_ids"]], dim=1)
+            )
+            hidden_states = prefix.extend(self.text_encoder, **inputs.to(device))
+        else:
+            inputs = self.processor.encode(prompt, image, height, width)
+            condition_mask = inputs.pop("condition_mask")
+            # Through the model's own forward, for its hooks' sake; the last of the hidden states is the normed one.
+            outputs = self.text_encoder(
+                **inputs.to(device), output_hidden_states=True, use_cache=False, logits_to_keep=1
+            )
+            hidden_states = outputs.hidden_states[-1].to(device)
         rows = [row[mask][-max_sequence_length:] for row, mask in zip(hidden_states, condition_mask.to(device))]
         lengths = torch.tensor([len(row) for row in rows], device=device)
         hidden_states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -382,6 +477,7 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         negative_prompt_attention_mask: torch.Tensor | None = None,
         max_sequence_length: int = 8192,
         lora_scale: float | None = None,
+        prefix: DIMPrefix | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         r"""
         Encodes prompts, each with its source picture for an edit, into condition tokens.
@@ -416,6 +512,8 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
                 The last so many condition tokens are kept, at most as many as the null condition has rows.
             lora_scale (`float`, *optional*):
                 Scales the connector's LoRA layers, if there are any.
+            prefix ([`DIMPrefix`], *optional*):
+                For an edit: what `encode_prefix` gave for these images and this size, to read the texts after it.
 
         Returns:
             `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds`, `negative_prompt_attention_mask`, each
@@ -429,7 +527,7 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         if prompt_embeds is None:
             prompt = [prompt] if isinstance(prompt, str) else prompt
             hidden_states, prompt_attention_mask = self.encode_hidden_states(
-                prompt, image, height, width, device, max_sequence_length
+                prompt, image, height, width, device, max_sequence_length, prefix
             )
             hidden_states = hidden_states.to(self.connector.dtype)
             prompt_embeds = self.connector(hidden_states, attention_kwargs=attention_kwargs).prompt_embeds
@@ -454,6 +552,7 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
                     width,
                     device,
                     max_sequence_length,
+                    None if prefix is None else prefix.select(rows),
                 )
                 hidden_states = hidden_states.to(self.connector.dtype)
                 embeds = self.connector(hidden_states, attention_kwargs=attention_kwargs).prompt_embeds
@@ -743,6 +842,7 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         max_sequence_length: int = 8192,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        callback_on_design: Callable[..., Any] | None = None,
     ) -> DIMPipelineOutput | tuple:
         r"""
         Paints pictures from text.
@@ -798,6 +898,9 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
                 The part of the steps that is guided (https://huggingface.co/papers/2404.07724), as fractions of their
                 number: `(0.1, 0.6)` guides from the fourth to the eighteenth of thirty. A step without guidance takes
                 half the time; the result differs from that of full guidance.
+            callback_on_design (`Callable`, *optional*):
+                Called as `callback(pipe, index, text)` while the `designer` rewrites the prompt of that index, with
+                its words so far.
 
         Examples:
             ```py
@@ -851,7 +954,14 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         # 2. Prepare timesteps
         schedule = self.prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
 
-        # 3. Encode the prompt
+        # 3. Rewrite the prompt
+        rewritten: list[str | None] | None = None
+        if prompt is not None and self.designer is not None:
+            prompt = [prompt] if isinstance(prompt, str) else prompt
+            rewritten = self._ask_designer("rewrite", prompt, callback=callback_on_design)
+            prompt = [text if new is None else new for text, new in zip(prompt, rewritten)]
+
+        # 4. Encode the prompt
         conditions = self.encode_prompt(
             prompt,
             negative_prompt=negative_prompt,
@@ -865,10 +975,10 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
             lora_scale=(attention_kwargs or {}).get("scale"),
         )
 
-        # 4. Prepare latents
+        # 5. Prepare latents
         latents = self.prepare_latents(batch_size, height, width, device, generator, latents)
 
-        # 5. Denoise
+        # 6. Denoise
         latents = self.denoise(
             latents,
             schedule,
@@ -879,10 +989,10 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
             guidance_interval=guidance_interval,
         )
 
-        # 6. Decode
+        # 7. Decode
         images = self.decode_latents(latents, output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:
             return (images,)
-        return DIMPipelineOutput(images=images)
+        return DIMPipelineOutput(images=images, blueprints=rewritten)

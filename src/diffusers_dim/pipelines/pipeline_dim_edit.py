@@ -18,9 +18,15 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
+from ..designers import SelfDesigner
+from ..designers.designer import is_blueprint
 from ..image_processor import ImageInput
+from ..models.prefix_dim import DIMPrefix
 from .pipeline_dim import DIMPipeline
 from .pipeline_output import DIMPipelineOutput
+
+
+MAX_VIEW_DISTORTION = 1.1
 
 
 class DIMEditPipeline(DIMPipeline):
@@ -32,15 +38,15 @@ class DIMEditPipeline(DIMPipeline):
     Components are those of [`DIMPipeline`]; the transformer takes twice as many channels as it gives.
 
     Attributes:
-        designer (`object`, *optional*):
-            What writes the blueprint of an edit: its `design(images, instructions)` returns one text for each. `None`
-            by default: the prompt goes to the painter verbatim.
+        designer ([`Designer`] or `object`, *optional*):
+            Who writes the blueprint of an edit: `"self"`, the pipeline's own vision-language model (set by
+            [`convert_released_checkpoint`] for an edit checkpoint, and kept in the pipeline's config), any
+            [`Designer`], or an object whose `design(images, instructions)` returns one text for each. `None`: the
+            prompt goes to the painter verbatim.
     """
 
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds", "image_latents"]
     _latent_inputs = 2
-
-    designer = None
 
     def get_height_width(self, image: list[Image.Image], use_resolution_binning: bool = True) -> tuple[int, int]:
         """
@@ -58,26 +64,65 @@ class DIMEditPipeline(DIMPipeline):
             )
         return sizes.pop()
 
+    @staticmethod
+    def views_agree(image: list[Image.Image], height: int, width: int) -> bool:
+        """
+        Whether the painter's view of all these sources, which has the shape of the edited picture, is near enough to
+        their own shape, within a tenth, for a designer to read them by.
+        """
+        ratios = [item.width * height / (item.height * width) for item in image]
+        return all(1 / MAX_VIEW_DISTORTION <= ratio <= MAX_VIEW_DISTORTION for ratio in ratios)
+
     def design(
         self,
         image: list[Image.Image],
         prompt: list[str],
-        blueprint: str | list[str] | None = None,
+        blueprint: str | list[str | None] | None = None,
+        callback: Callable[..., Any] | None = None,
+        prefix: DIMPrefix | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> list[str | None]:
         """
         The blueprints of a batch of edits: the given ones, else the designer's, else `None` for each.
 
+        Args:
+            image (`list[PIL.Image.Image]`): RGB sources.
+            prompt (`list[str]`): Instructions, one an image. One that has a blueprint's five parts stands for itself.
+            blueprint (`str` or `list[str | None]`, *optional*): Given blueprints, one for all or one an image.
+            callback (`Callable`, *optional*): Called as `callback(pipe, index, text)` while a blueprint grows.
+            prefix ([`DIMPrefix`], *optional*): For [`SelfDesigner`]: what `encode_prefix` gave for all these images.
+            height (`int`, *optional*): Goes with `prefix`.
+            width (`int`, *optional*): Goes with `prefix`.
+
         Raises:
             ValueError: If there are not as many blueprints as images.
+            DesignError: If the designer gives no blueprint.
         """
-        if blueprint is not None:
-            blueprints = [blueprint] * len(image) if isinstance(blueprint, str) else list(blueprint)
-        elif self.designer is not None:
-            blueprints = list(self.designer.design(image, prompt))
-        else:
-            return [None] * len(image)
+        blueprints = list(blueprint) if isinstance(blueprint, list) else [blueprint] * len(image)
         if len(blueprints) != len(image):
             raise ValueError(f"Got {len(blueprints)} blueprints for {len(image)} images.")
+        if self.designer is None:
+            return blueprints
+        for row, text in enumerate(prompt):
+            if blueprints[row] is None and is_blueprint(text):
+                blueprints[row] = text
+        rows = [row for row, text in enumerate(blueprints) if text is None]
+        if not rows:
+            return blueprints
+
+        def told(pipe: DIMPipeline, index: int, text: str) -> None:
+            if callback is not None:
+                callback(pipe, rows[index], text)
+
+        view: dict[str, Any] = {}
+        if prefix is not None:
+            view = {"prefix": prefix.select(rows), "height": height, "width": width}
+        designs = self._ask_designer(
+            "design", [image[row] for row in rows], [prompt[row] for row in rows], callback=callback and told, **view
+        )
+        for row, design in zip(rows, designs):
+            blueprints[row] = design
         return blueprints
 
     @torch.no_grad()
@@ -99,7 +144,7 @@ class DIMEditPipeline(DIMPipeline):
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
-        blueprint: str | list[str] | None = None,
+        blueprint: str | list[str | None] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -108,6 +153,7 @@ class DIMEditPipeline(DIMPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         max_sequence_length: int = 8192,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        callback_on_design: Callable[..., Any] | None = None,
     ) -> DIMPipelineOutput | tuple:
         r"""
         Edits pictures as instructions say.
@@ -149,9 +195,10 @@ class DIMEditPipeline(DIMPipeline):
                 Connector outputs to guide away from.
             negative_prompt_attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
                 1 where `negative_prompt_embeds` hold a token; all by default.
-            blueprint (`str` or `list[str]`, *optional*):
-                The edit's design in words, one for all or one a prompt, which the painter reads in the prompt's place.
-                Without one the `designer` writes it, if the pipeline has one; else the prompt goes in verbatim.
+            blueprint (`str` or `list[str | None]`, *optional*):
+                The edit's design in words, one for all or one a prompt, which the painter reads in the prompt's place:
+                a [`Blueprint`] or any text. Where there is none the `designer` writes it, if the pipeline has one and
+                the prompt is not a blueprint itself; else the prompt goes in verbatim.
             output_type (`str`, defaults to `"pil"`):
                 "pil", "np" or "pt" (in [0, 1]), or "latent".
             return_dict (`bool`, defaults to `True`):
@@ -172,6 +219,9 @@ class DIMEditPipeline(DIMPipeline):
                 The part of the steps that is guided (https://huggingface.co/papers/2404.07724), as fractions of their
                 number: `(0.1, 0.6)` guides from the fourth to the eighteenth of thirty. A step without guidance takes
                 half the time; the result differs from that of full guidance.
+            callback_on_design (`Callable`, *optional*):
+                Called as `callback(pipe, index, text)` while the `designer` writes the blueprint of the prompt of that
+                index, with its words so far.
 
         Examples:
             ```py
@@ -199,10 +249,12 @@ class DIMEditPipeline(DIMPipeline):
         if blueprint is not None and prompt_embeds is not None:
             raise ValueError("Give either `blueprint` or `prompt_embeds`, not both.")
         designs = blueprint if isinstance(blueprint, list) else [blueprint]
-        if blueprint is not None and not (designs and all(str(design).strip() for design in designs)):
+        if not designs or not all(
+            design is None or (isinstance(design, str) and design.strip()) for design in designs
+        ):
             raise ValueError(f"`blueprint` has to hold at least one non-empty text, but is {blueprint!r}.")
         images = self.image_processor.to_rgb(image)
-        if prompt is None and prompt_embeds is None and blueprint is not None:
+        if prompt is None and prompt_embeds is None and None not in designs:
             prompt = blueprint
         if isinstance(prompt, str):
             prompt = [prompt] * len(images)
@@ -245,8 +297,16 @@ class DIMEditPipeline(DIMPipeline):
 
         # 3. Design the edit
         blueprints: list[str | None] = [None] * batch_size
+        prefix = None
         if prompt is not None:
-            blueprints = self.design(images, prompt, blueprint)
+            if (
+                blueprint is None
+                and isinstance(self.designer, SelfDesigner)
+                and self.views_agree(images, height, width)
+            ):
+                # The picture is seen once, for design and encoding both.
+                prefix = self.encode_prefix(images, height, width, device)
+            blueprints = self.design(images, prompt, blueprint, callback_on_design, prefix, height, width)
             prompt = [text if design is None else str(design) for text, design in zip(prompt, blueprints)]
 
         # 4. Encode prompt and source
@@ -264,7 +324,9 @@ class DIMEditPipeline(DIMPipeline):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_sequence_length=max_sequence_length,
             lora_scale=(attention_kwargs or {}).get("scale"),
+            prefix=prefix,
         )
+        del prefix
         image_latents = self.prepare_image_latents(images, height, width, device, num_images_per_prompt)
 
         # 5. Prepare latents

@@ -84,4 +84,5 @@ def complete_pipeline(
     """
     if pipe.vae is None or is_sharded(pipe.text_encoder):
         return load(trained)
-    return type(pipe)(**pipe.components | trained, default_guidance_scale=pipe.config.default_guidance_scale)
+    settings = {name: pipe.config[name] for name in ("default_guidance_scale", "designer")}
+    return type(pipe)(**pipe.components | trained, **settings)

@@ -51,7 +51,8 @@ def paint_validation(pipe: DIMPipeline, args: argparse.Namespace) -> list[SheetR
             picture = cast(DIMPipelineOutput, pipe(prompt, **call)).images[0]
             rows.append(SheetRow(prompt, [("", cast(Image.Image, picture))]))
             continue
-        blueprint = args.validation_blueprint[index] if args.validation_blueprint else None
+        # A designer is no part of what is trained: without blueprints edits go by the prompts themselves.
+        blueprint = args.validation_blueprint[index] if args.validation_blueprint else prompt
         source = pipe.image_processor.to_rgb(Image.open(args.validation_image[index]))[0]
         output = cast(DIMPipelineOutput, pipe(source, prompt, blueprint=blueprint, **call))
         seen = pipe.image_processor.resize_and_crop(source, args.resolution, args.resolution)

@@ -1,0 +1,386 @@
+# Copyright 2026 The diffusers-dim authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The designer behind a chat-completions server: OpenAI, Azure OpenAI, vLLM, SGLang, llama.cpp, Ollama."""
+
+import asyncio
+import base64
+import email.utils
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit
+
+from PIL import Image
+
+from .designer import Conversation, Designer, DesignError, Draft, OnText
+
+
+if TYPE_CHECKING:
+    from openai import APIError, AsyncOpenAI, AsyncStream
+
+logger = logging.getLogger(__name__)
+
+# The wait before a second try, in seconds; it doubles with each further one. A longer Retry-After counts instead.
+BACKOFF_SECONDS = 0.5
+# No wait is longer. A server that asks for more is not asked again.
+LONGEST_WAIT_SECONDS = 120.0
+# The longest wait for a connection: the time limit of a whole answer is far too long to find out that a host is away.
+CONNECT_SECONDS = 10.0
+
+# OpenAI's newer models know only `max_completion_tokens`, other servers often only `max_tokens`.
+_NEW_LIMIT_HOSTS = (".openai.com", ".openai.azure.com")
+
+
+class OpenAIDesigner(Designer):
+    r"""
+    A model behind a chat-completions server writes the blueprints. Needs `pip install 'diffusers-dim[openai]'`.
+
+    Each picture is sent as a JPEG of quality 95 with full colour resolution, before the text of its turn. Answers are
+    streamed. A request is repeated, with exponential back-off or after the server's `Retry-After`, at HTTP 408, 409,
+    429 and 5xx, at a broken connection, at the time limit and at an answer that is no valid JSON. An empty answer and
+    a refusal are asked for once more, as a blueprint that lacks parts is, and then a [`DesignError`] with the model's
+    words. A server that nobody can reach, refuses the key or lacks the model ends the whole run.
+
+    Args:
+        model (`str`): The model's name at the server; at Azure OpenAI the deployment's.
+        base_url (`str`, *optional*):
+            The server's address up to `/chat/completions`: `http://localhost:8000/v1` for vLLM,
+            `https://NAME.openai.azure.com/openai/v1/` for Azure OpenAI. By default the environment variable
+            `OPENAI_BASE_URL`, else OpenAI's own.
+        api_key (`str`, *optional*):
+            By default the environment variable `OPENAI_API_KEY`. Servers other than OpenAI's may need none.
+        concurrency (`int`, defaults to 8): How many requests run at once.
+        timeout (`float`, defaults to 120.0): Seconds that one request may take in total, until its last word.
+        max_retries (`int`, defaults to 5): How often a request is repeated.
+        temperature (`float`, *optional*, defaults to 0.0): `None` to send none: OpenAI's reasoning models refuse it.
+        seed (`int`, *optional*, defaults to 0): `None` to send none.
+        max_image_pixels (`int`, defaults to 1024 * 1024): Larger pictures are shrunk to this area first.
+        kwargs: `on_failure`, `max_new_tokens`, `cache` and `prompt` of [`Designer`]. The limit is sent as
+            `max_completion_tokens` to OpenAI and Azure OpenAI, as `max_tokens` to all others.
+
+    Raises:
+        ImportError: Without the `openai` package.
+        ValueError: If an argument makes no sense, or there is no key for OpenAI's own server. While designing: if the
+            server refuses the key or has no such model.
+        ConnectionError: While designing, if the server cannot be reached.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        max_retries: int = 5,
+        temperature: float | None = 0.0,
+        seed: int | None = 0,
+        max_image_pixels: int = 1024 * 1024,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        try:
+            import openai  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "OpenAIDesigner needs the openai package: pip install 'diffusers-dim[openai]'"
+            ) from error
+        if not model:
+            raise ValueError("`model` is empty: give the name by which the server knows the model.")
+        for name, value in (("concurrency", concurrency), ("max_image_pixels", max_image_pixels)):
+            if value < 1:
+                raise ValueError(f"`{name}` has to be at least 1, but is {value}.")
+        if not timeout > 0:
+            raise ValueError(f"`timeout` has to be more than 0 seconds, but is {timeout}.")
+        if max_retries < 0:
+            raise ValueError(f"`max_retries` has to be at least 0, but is {max_retries}.")
+
+        url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        # Neither a password nor a query, which may hold a key, is for errors and caches.
+        self.base_url = re.sub(r"//.*@", "//", url).partition("?")[0].rstrip("/")
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError(f"`base_url` has to look like 'http://localhost:8000/v1', but is {self.base_url!r}.")
+        self._address, self._query = url.partition("?")[0], dict(parse_qsl(parts.query))
+        self.host = parts.hostname if parts.port is None else f"{parts.hostname}:{parts.port}"
+
+        key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not key and parts.hostname == "api.openai.com":
+            raise ValueError("OpenAI needs a key: set the environment variable OPENAI_API_KEY, or give `api_key`.")
+        # The client's own errors at such a key would show it.
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("`api_key` has to be plain ASCII without line breaks, but is not.")
+        self._api_key = key or "EMPTY"
+        self._secrets = [secret for secret in (key, parts.password, parts.query) if secret]
+
+        self.model = model
+        self.concurrency = concurrency
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self.temperature = temperature
+        self.seed = seed
+        self.max_image_pixels = max_image_pixels
+        self._count_tokens = True
+
+    def __repr__(self) -> str:
+        return f"OpenAIDesigner(model={self.model!r}, host={self.host!r})"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        names = ("model", "base_url", "temperature", "seed", "max_image_pixels")
+        return super().settings | {name: getattr(self, name) for name in names}
+
+    def write(
+        self, conversations: Sequence[Conversation], on_text: OnText
+    ) -> Iterator[tuple[int, Draft | DesignError]]:
+        from anyio.from_thread import start_blocking_portal
+
+        # The requests run in an event loop of their own thread: there alone a time limit holds for a whole request,
+        # and those under way are cancelled at once when the caller stops.
+        answers: SimpleQueue[tuple[int, Draft | DesignError] | None] = SimpleQueue()
+        with start_blocking_portal() as portal:
+            asking = portal.start_task_soon(self._ask_all, conversations, on_text, answers.put)
+            asking.add_done_callback(lambda _: answers.put(None))
+            try:
+                while (answer := answers.get()) is not None:
+                    yield answer
+                asking.result()
+            finally:
+                asking.cancel()
+
+    async def _ask_all(self, conversations: Sequence[Conversation], on_text: OnText, put: Callable[..., None]) -> None:
+        import openai
+
+        waiting = iter(enumerate(conversations))
+
+        async def work() -> None:
+            for index, conversation in waiting:
+                put((index, await self._answer(client, conversation, partial(on_text, index))))
+
+        client = openai.AsyncOpenAI(
+            base_url=self._address,
+            api_key=self._api_key,
+            default_query=self._query,
+            timeout=openai.Timeout(None, connect=min(CONNECT_SECONDS, self.timeout / 2)),
+            # Its own retries end where the answer begins, so they are done here.
+            max_retries=0,
+        )
+        try:
+            async with client, asyncio.TaskGroup() as group:
+                for _ in range(min(self.concurrency, len(conversations))):
+                    group.create_task(work())
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _answer(
+        self, client: "AsyncOpenAI", conversation: Conversation, tell: Callable[[str], Any]
+    ) -> Draft | DesignError:
+        """The answer to one conversation, asked until there is one."""
+        import openai
+
+        request = await asyncio.to_thread(self._request, conversation)
+        reached = False
+        for attempt in range(self.max_retries + 1):
+            pause = min(BACKOFF_SECONDS * 2 ** min(attempt, 10), LONGEST_WAIT_SECONDS) * random.uniform(0.5, 1)
+            failure: APIError | None = None
+            usage = {"stream_options": {"include_usage": True}} if self._count_tokens else {}
+            try:
+                async with asyncio.timeout(self.timeout):
+                    async with await client.chat.completions.create(**request, **usage) as stream:
+                        reached = True
+                        answer = await self._read(stream, tell, again=len(conversation.turns) > 1)
+                if answer is not None:
+                    return answer
+                problem = "its answer broke off, or was no stream."
+            except TimeoutError:
+                reached, problem = True, f"there was no whole answer within {self.timeout:g} seconds (`timeout`)."
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                problem = "its answer is not valid JSON."
+            except openai.APIError as error:
+                failure = error
+            # Outside of `except`, so that the client's error, which may hold the key, is not in the trace.
+            if failure is not None:
+                status, words = _status(failure), self._words(failure)
+                reached |= status is not None
+                problem = words if status is None else f"HTTP {status}: {words}"
+                if usage and "stream_options" in words:
+                    self._count_tokens, pause = False, 0.0
+                elif failure.code == "insufficient_quota" or not (status in (None, 408, 409, 429) or status >= 500):
+                    refused = await self._refused(client, status, failure)
+                    if isinstance(refused, DesignError):
+                        return refused
+                    raise refused
+                pause = max(pause, _retry_after(failure))
+            if attempt == self.max_retries or pause > LONGEST_WAIT_SECONDS:
+                break
+            logger.info("%s failed: %s Asking again in %.1f seconds.", self.host, problem, pause)
+            await asyncio.sleep(pause)
+        if not reached:
+            raise ConnectionError(
+                f"{self.host} cannot be reached: {problem} Check `base_url` ({self.base_url}) and that the"
+                " server runs."
+            )
+        asked = f"asked {attempt + 1} times"
+        if pause > LONGEST_WAIT_SECONDS:
+            asked += f", and wants {pause:.0f} seconds of rest"
+        return DesignError(f"{self.host} gave no answer, {asked}: {problem} Start anew when it is well again.")
+
+    def _request(self, conversation: Conversation) -> dict[str, Any]:
+        """The body of a request, but for `stream_options`."""
+        messages: list[dict[str, Any]] = [
+            {"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(conversation.turns)
+        ]
+        if conversation.images:
+            pictures = [
+                {"type": "image_url", "image_url": {"url": self._encode(image)}} for image in conversation.images
+            ]
+            messages[0]["content"] = [*pictures, {"type": "text", "text": messages[0]["content"]}]
+
+        new = f".{self.host.partition(':')[0]}".endswith(_NEW_LIMIT_HOSTS)
+        request = {"model": self.model, "messages": messages, "stream": True}
+        request["max_completion_tokens" if new else "max_tokens"] = self.max_new_tokens
+        options = {"temperature": self.temperature, "seed": self.seed}
+        return request | {name: value for name, value in options.items() if value is not None}
+
+    def _encode(self, image: Image.Image) -> str:
+        """A picture of at most `max_image_pixels` as a data URL."""
+        scale = math.sqrt(self.max_image_pixels / (image.width * image.height))
+        if scale < 1:
+            size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        # A PNG of a photograph is more than twice as large, and takes over ten times as long to write.
+        data = io.BytesIO()
+        image.save(data, format="JPEG", quality=95, subsampling=0)
+        return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+    async def _read(
+        self, stream: "AsyncStream[Any]", tell: Callable[[str], Any], again: bool
+    ) -> Draft | DesignError | None:
+        """An answer as it comes in; `None` if it ends without a reason: then it was cut, which may look whole."""
+        thoughts, text, refusal, reason, tokens, prompt_tokens = "", "", "", None, 0, 0
+        async for chunk in stream:
+            # What a server leaves out is missing or None here: the client does not check.
+            usage = getattr(chunk, "usage", None)
+            tokens = getattr(usage, "completion_tokens", None) or tokens
+            prompt_tokens = getattr(usage, "prompt_tokens", None) or prompt_tokens
+            for choice in (getattr(chunk, "choices", None) or [])[:1]:
+                reason = getattr(choice, "finish_reason", None) or reason
+                delta = getattr(choice, "delta", None)
+                thought = getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)
+                word = getattr(delta, "content", None)
+                thoughts, text = thoughts + (thought or ""), text + (word or "")
+                refusal += getattr(delta, "refusal", None) or ""
+                if thought or word:
+                    tell(_join(thoughts, text))
+        if reason is None:
+            return None
+        if reason == "content_filter":
+            return DesignError(
+                f"{self.host} withheld the answer by its content filter. Use another picture, instruction"
+                f" or model. The answer so far: {text or refusal!r}",
+                text or refusal,
+            )
+        finished = reason != "length"
+        # A second try is the base's, which asks in other words; the words of a refusal must not pass for an answer.
+        if again and finished and not (thoughts or text).strip():
+            said = f"refused: {refusal!r}" if refusal else "wrote nothing."
+            return DesignError(f"Asked twice, {self.model!r} {said} Try another instruction or model.", refusal)
+        return Draft(_join(thoughts, text), tokens, finished, prompt_tokens)
+
+    async def _refused(self, client: "AsyncOpenAI", status: int | None, failure: "APIError") -> Exception:
+        """What an answer that says no means: for this picture a `DesignError`, for all of them a `ValueError`."""
+        words = self._words(failure)
+        if status in (401, 403):
+            # OpenAI's own words show the key's ends.
+            return ValueError(
+                f"{self.host} does not accept the key for {self.model!r} (HTTP {status}). Check the environment"
+                " variable OPENAI_API_KEY or `api_key`, and what the key is allowed to do."
+            )
+        if failure.code == "insufficient_quota":
+            return ValueError(f"{self.host} wants to be paid first (HTTP {status}): {words} Check the key's account.")
+        if status == 404 or failure.code == "model_not_found" or failure.param == "model":
+            models = await self._served(client)
+            has = f"It has: {', '.join(models)}." if models else f"Check `model` and `base_url` ({self.base_url})."
+            return ValueError(f"{self.host} has no model {self.model!r} (HTTP {status}): {words} {has}")
+        if status in (400, 413, 422):
+            for name in ("temperature", "seed"):
+                if getattr(self, name) is not None and (failure.param == name or re.search(rf"\b{name}\b", words)):
+                    return ValueError(f"{self.model!r} takes no {name}: {words} Give `{name}=None`.")
+            return DesignError(
+                f"{self.host} refused the request (HTTP {status}): {words} If the picture or the answer is too large"
+                " for the model, lower `max_image_pixels` or `max_new_tokens`."
+            )
+        return ValueError(
+            f"{self.host} refused the request (HTTP {status}): {words} Check `base_url` ({self.base_url})."
+        )
+
+    async def _served(self, client: "AsyncOpenAI") -> list[str]:
+        """The names of the server's models, if it tells."""
+        import openai
+
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                page = await client.models.list()
+        except (openai.OpenAIError, TimeoutError, ValueError):
+            return []
+        return [model.id for model in (getattr(page, "data", None) or [])[:20]]
+
+    def _words(self, failure: "APIError") -> str:
+        """What the server said, without secrets and shortened: some send back all that they were sent."""
+        words = failure.body.get("message") if isinstance(failure.body, dict) else None
+        if failure.body is None and failure.__cause__ is not None:
+            words = f"{failure.message.rstrip('.')}: {failure.__cause__}"
+        words = " ".join(str(words or failure.message).split())
+        for secret in self._secrets:
+            words = words.replace(secret, "***")
+        words = words if len(words) <= 500 else f"{words[:500]}..."
+        return words if words.endswith((".", "!", "?")) else f"{words}."
+
+
+def _join(thoughts: str, text: str) -> str:
+    """Thoughts that come beside the answer, as models write them that have no such field."""
+    if not thoughts:
+        return text
+    return f"<think>{thoughts}</think>\n{text}" if text else f"<think>{thoughts}"
+
+
+def _status(failure: "APIError") -> int | None:
+    """The HTTP status, also of an error in the middle of a stream; `None` if the server said nothing."""
+    status = getattr(failure, "status_code", None)
+    if status is None and failure.body is not None:
+        status = int(failure.code) if (failure.code or "").isdecimal() else 500
+    return status
+
+
+def _retry_after(failure: "APIError") -> float:
+    """The seconds that a server asks to wait, 0 if it does not say."""
+    value = failure.response.headers.get("retry-after", "") if hasattr(failure, "response") else ""
+    try:
+        return float(value)
+    except ValueError:
+        date = email.utils.parsedate_tz(value)
+        return 0.0 if date is None else email.utils.mktime_tz(date) - time.time()
