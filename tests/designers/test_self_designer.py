@@ -170,6 +170,8 @@ def test_the_designer_is_saved_and_restored_by_name(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "self")
     restored = DIMEditPipeline.from_pretrained(tmp_path / "self")
     assert isinstance(restored.designer, SelfDesigner) and restored.designer.pipe is restored
+    # Who asked for it in a program gets errors; who only loads a model does not fail over it.
+    assert (pipe.designer.on_failure, restored.designer.on_failure) == ("error", "instruction")
     restored.designer = None
     restored.save_pretrained(tmp_path / "none")
     assert DIMEditPipeline.from_pretrained(tmp_path / "none").designer is None

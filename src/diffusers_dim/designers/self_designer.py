@@ -201,6 +201,8 @@ class SelfDesigner(Designer):
         if prefix is not None:
             model.model.rope_deltas = prefix.rope_deltas
         eos_token_ids = get_eos_token_ids(model, processor.tokenizer)
+        compile_config = CompileConfig()
+        compile_config._compile_all_devices = True  # transformers leaves CPUs out, even when asked
         output = model.generate(
             **inputs,
             past_key_values=cache,
@@ -209,9 +211,10 @@ class SelfDesigner(Designer):
             temperature=None,
             top_p=None,
             top_k=None,
+            eos_token_id=eos_token_ids,
             pad_token_id=processor.tokenizer.pad_token_id,
             disable_compile=not self.compile,
-            compile_config=CompileConfig(_compile_all_devices=True) if self.compile else None,
+            compile_config=compile_config if self.compile else None,
             streamer=AnswerStreamer(processor.tokenizer, on_text, eos_token_ids),
         )
         return [read_answer(processor.tokenizer, row[length:], eos_token_ids) for row in output]

@@ -179,7 +179,9 @@ class VLMDesigner(Designer):
     def _encode(self, conversations: list[Conversation]) -> Any:
         """The model's inputs, rows padded on the left."""
         texts = [self._render(conversation.messages()) for conversation in conversations]
-        images = None if conversations[0].image is None else [[conversation.image] for conversation in conversations]
+        images = (
+            None if conversations[0].image is None else [list(conversation.images) for conversation in conversations]
+        )
         bos = self.processor.tokenizer.bos_token
         return self.processor(
             text=texts,

@@ -150,9 +150,9 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         """
         Who writes what is painted from: `None` (the prompt goes in verbatim), "self" (the pipeline's own
         vision-language model) or an object whose `design(images, instructions)` returns a text for each, and which for
-        text-to-image has `rewrite(prompts)`. What has a name is saved with the pipeline and restored: "self". Set here it raises a
-        [`DesignError`] where the model writes no blueprint; restored it warns and takes the plain instruction, as does
-        `SelfDesigner(pipe, on_failure="instruction")`.
+        text-to-image has `rewrite(prompts)`. What has a name is saved with the pipeline and restored: "self". Set here
+        it raises a [`DesignError`] where the model writes no blueprint; restored it warns and takes the plain
+        instruction, as does `SelfDesigner(pipe, on_failure="instruction")`.
         """
         return self._designer
 
