@@ -9,8 +9,8 @@ Stages, each skipped where its folder exists already in `--work_dir`:
 4. `edits1`, `conditions1`, `stage1`: pairs of pictures with plain instructions, in the form in which DIM-Edit was
    released; what the frozen models make of them, by `precompute_conditions.py`; and `base` trained on that by
    `train_dim_edit.py`, with checkpoints and loss curve. A run that was stopped goes on from its last checkpoint.
-5. `edits2`, `conditions2`, `stage2`: the same from `stage1` on other edits, each told once by its blueprint and once
-   by its plain instruction.
+5. `edits2`, `conditions2`, `stage2-1`, `stage2-2`, ...: the same from `stage1` on other edits, each told once by its
+   blueprint and once by its plain instruction, in passes that each start from the one before.
 6. `figures.json`: success on held-out edits by kind and guidance scale, by instructions and by blueprints.
 
 At last the pipeline is written to `--output` in float16.
@@ -44,6 +44,8 @@ from diffusers_dim.tiny.world import SHAPE_COLORS, sample_edits, sample_scenes
 
 
 HELD_OUT_SEED = 1_000_000_007
+# Steps and learning rate of each pass of stage 2: one cosine, then warm restarts.
+STAGE2_PASSES = ((1800, 5e-4), (1500, 7e-4), (1500, 6e-4))
 # Qwen2.5-VL's own special tokens, in the order of their ids, and its chat template.
 SPECIAL_TOKENS = (
     "<|im_end|>",
@@ -403,13 +405,22 @@ def launch(script: str, options: dict[str, object], mixed_precision: str = "no")
 
 
 def train_stage(
-    work_dir: Path, stage: int, start: str, seed: int, edits: int, steps: int, learning_rate: float, precision: str
+    work_dir: Path,
+    stage: int,
+    start: str,
+    output: Path,
+    seed: int,
+    number: int,
+    edits: int,
+    steps: int,
+    learning_rate: float,
+    precision: str,
 ) -> None:
     """
-    Train connector, null condition and transformer of the pipeline `work_dir/{start}` on `edits` fresh edits for
-    `steps` steps of 64, along a cosine of the learning rate, to the pipeline `work_dir/stage{stage}`.
+    Train connector, null condition and transformer of the pipeline `work_dir/{start}` on the stage's `edits` edits for
+    `steps` steps of 64, along a cosine of the learning rate, to the pipeline `output`. `number` is the pass's.
     """
-    data, conditions, output = (work_dir / f"{name}{stage}" for name in ("edits", "conditions", "stage"))
+    data, conditions = (work_dir / f"{name}{stage}" for name in ("edits", "conditions"))
     if not data.exists():
         with finished_folder(data) as aside:
             write_edits(aside, edits, seed + 1_000_003 * (stage - 1), prompts="both" if stage == 2 else "instruction")
@@ -427,7 +438,7 @@ def train_stage(
             "precomputed_conditions": conditions,
             "group_by_length": None,
             "output_dir": output,
-            "seed": seed + stage,
+            "seed": seed + number,
             "train_batch_size": 64,
             "max_train_steps": steps,
             "learning_rate": learning_rate,
@@ -449,7 +460,7 @@ def train_stage(
 
 def export(work_dir: Path, output: Path) -> None:
     """Write the trained pipeline to `output` in float16, for the wheel's sake; it loads and runs in float32."""
-    pipe = DIMEditPipeline.from_pretrained(work_dir / "stage2", dtype=torch.float32)
+    pipe = DIMEditPipeline.from_pretrained(work_dir / f"stage2-{len(STAGE2_PASSES)}", dtype=torch.float32)
     text_encoder = work_dir / "text_encoder"
     pipe.to(dtype=torch.float16)
     with finished_folder(output) as folder:
@@ -487,7 +498,6 @@ def main() -> None:
     parser.add_argument("--stage1_edits", type=int, default=40_000)
     parser.add_argument("--stage1_steps", type=int, default=3600)
     parser.add_argument("--stage2_edits", type=int, default=10_000)
-    parser.add_argument("--stage2_steps", type=int, default=3300)
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--held_out", type=int, default=300, help="Edits to measure success on.")
     args = parser.parse_args()
@@ -498,10 +508,13 @@ def main() -> None:
     build_text_encoder(args.work_dir, args.seed)
     train_autoencoder(args.work_dir, args.seed)
     build_base(args.work_dir, args.seed)
-    train_stage(args.work_dir, 1, "base", args.seed, args.stage1_edits, args.stage1_steps, 1e-3, args.mixed_precision)
-    train_stage(
-        args.work_dir, 2, "stage1", args.seed, args.stage2_edits, args.stage2_steps, 7e-4, args.mixed_precision
-    )
+    passes = [("stage1", 1, args.stage1_edits, args.stage1_steps, 1e-3)]
+    passes += [(f"stage2-{i}", 2, args.stage2_edits, *settings) for i, settings in enumerate(STAGE2_PASSES, start=1)]
+    start = "base"
+    for number, (name, stage, *settings) in enumerate(passes, start=1):
+        output_dir = args.work_dir / name
+        train_stage(args.work_dir, stage, start, output_dir, args.seed, number, *settings, args.mixed_precision)
+        start = name
     export(args.work_dir, output)
     measure(args.work_dir, output, args.held_out)
 

@@ -32,22 +32,23 @@ from ..image_processor import DIMImageProcessor
 
 FORMATS = ("png", "jpg", "jpeg", "webp")
 PROMPTS = ("prompt", "edit_prompt", "instruction", "edit_instruction", "caption", "text", "txt")
-# Columns by the names that data sets give them, the first that is there: jsonl files of DIM-Edit, InstructPix2Pix,
-# UltraEdit and MagicBrush, picture folders, and WebDataset tars, whose `0001.json` is a column "json" with fields.
+# Columns by the names that data sets give them, the first that is there, pictures before paths to them: jsonl files of
+# DIM-Edit, InstructPix2Pix, UltraEdit and MagicBrush, sets of the data engine, picture folders, and WebDataset tars,
+# whose `0001.json` is a column "json" with fields.
 COLUMNS = {
     "edit": {
         "source": (
-            *("image_path", "source", "input_image", "source_image", "source_img", "original_image", "image"),
+            *("source", "input_image", "source_image", "source_img", "original_image", "image", "image_path"),
             *(f"source.{ending}" for ending in FORMATS),
         ),
         "target": (
-            *("image_path_target", "target", "edited_image", "target_image", "target_img"),
+            *("target", "edited_image", "target_image", "target_img", "image_path_target"),
             *(f"target.{ending}" for ending in FORMATS),
         ),
         "prompt": (*PROMPTS, *(f"json.{name}" for name in PROMPTS)),
     },
     "t2i": {
-        "target": ("image_path", "image", "target", *FORMATS),
+        "target": ("image", "target", *FORMATS, "image_path"),
         "prompt": (*PROMPTS, *(f"json.{name}" for name in PROMPTS)),
     },
 }
