@@ -280,7 +280,7 @@ def design_report(folder: Path = RESULTS) -> str:
     """The table of designing, in Markdown, of the JSONs in a folder."""
     results = Results(folder)
     places = {f"design_{CPU}": "CPU", f"design_{GPU}": "GPU"}
-    form = "; {layers} layers, {size} px, {results[picture_tokens]} picture tokens, {results[new_tokens]} written"
+    form = "; layers {layers}, {size} px, {results[picture_tokens]} picture tokens, {results[new_tokens]} written"
     heads = [
         f"{place}: {results.setting(file, 'design')}{sizes(results, file, 'design', form)}."
         for file, place in places.items()
