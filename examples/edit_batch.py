@@ -18,9 +18,10 @@ Edits many pictures, with a process for each GPU.
         --jsonl edits.jsonl --output_dir outputs/edits --batch_size 4
 
 A line of the jsonl file has `id`, `image_path` and `prompt`, as DIM-Edit was released, and may have a `blueprint`,
-which the painter then reads in the prompt's place. The edit of line 12 becomes `000012.png`, which carries what it was
-made with as JSON in its text chunk "parameters"; `results.jsonl` lists all at the end. A run that was stopped goes on
-when it is started again, and gives what an unbroken one would; so does one of more or fewer processes.
+which the painter then reads in the prompt's place; a Parquet file's rows are read as lines, too. The edit of line 12
+becomes `000012.png`, which carries what it was made with as JSON in its text chunk "parameters"; `results.jsonl` lists
+all at the end. A run that was stopped goes on when it is started again, and gives what an unbroken one would; so does
+one of more or fewer processes.
 """
 
 import argparse
@@ -65,8 +66,8 @@ class Edit:
     height: int
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Edit many pictures, with a process for each GPU.")
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--pretrained_model_name_or_path", required=True, help="A DIMEditPipeline folder or repository."
@@ -80,7 +81,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         help="Of all weights; bfloat16 by default where the device has it.",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--jsonl", required=True, help="Edits, one a line: id, image_path, prompt, perhaps blueprint.")
+    data.add_argument(
+        "--jsonl",
+        required=True,
+        help="Edits, one a line: id, image_path, prompt, perhaps blueprint; or a .parquet file of such columns.",
+    )
     data.add_argument("--image_root", help="What image paths are relative to; the jsonl's own folder by default.")
     data.add_argument("--output_dir", default="dim-edits", help="Edited pictures, and at the end results.jsonl.")
     call = parser.add_argument_group("edits")
@@ -97,8 +102,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     run.add_argument("--compile", action="store_true", help="Compile the transformer's blocks.")
     run.add_argument("--enable_model_cpu_offload", action="store_true", help="Keep one model at a time on the device.")
-    args = parser.parse_args(arguments)
+    return parser
 
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program over options that make no sense, and reads the edits."""
     for name in "num_inference_steps num_images_per_prompt max_sequence_length batch_size".split():
         if getattr(args, name) < 1:
             parser.error(f"--{name} has to be at least 1, but is {getattr(args, name)}.")
@@ -116,6 +124,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         args.edits = read_edits(args.jsonl, args.image_root)
     except ValueError as error:
         parser.error(str(error))
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("Edit many pictures, with a process for each GPU.")
+    args = parser.parse_args(arguments)
+    check_args(parser, args)
     return args
 
 
@@ -138,7 +152,8 @@ def read_edits(jsonl: str | Path, image_root: str | Path | None = None) -> list[
     """
     root = Path(image_root) if image_root is not None else Path(jsonl).parent
     rows = []
-    for number, fields in read_jsonl(jsonl, FIELDS).items():
+    lines = read_parquet(jsonl) if Path(jsonl).suffix == ".parquet" else read_jsonl(jsonl, FIELDS)
+    for number, fields in lines.items():
         where = f"{jsonl}, line {number}"
         for name in ("image_path", "prompt", "blueprint"):
             text = fields.get(name)
@@ -149,6 +164,25 @@ def read_edits(jsonl: str | Path, image_root: str | Path | None = None) -> list[
     with ThreadPoolExecutor() as readers:
         sizes = list(readers.map(lambda row: read_size(row[0], row[3]), rows))
     return [Edit(*row, *size) for row, size in zip(rows, sizes, strict=True)]
+
+
+def read_parquet(path: str | Path) -> dict[int, dict[str, Any]]:
+    """The rows by their numbers from 1, without columns that are neither text nor number, such as pictures."""
+    import pyarrow
+    from pyarrow import parquet, types
+
+    plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    try:
+        schema = parquet.read_schema(path)
+        columns = [field.name for field in schema if any(is_plain(field.type) for is_plain in plain)]
+        rows = parquet.read_table(path, columns=columns).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is no Parquet file: {error}") from error
+    if missing := [name for name in FIELDS if name not in columns]:
+        raise ValueError(f"{path} lacks the columns {missing} of text or numbers: it has {columns}.")
+    if not rows:
+        raise ValueError(f"{path} holds no samples.")
+    return dict(enumerate(rows, start=1))
 
 
 def read_size(where: str, path: Path) -> tuple[int, int]:
@@ -235,21 +269,54 @@ def save_whole(image: Image.Image, path: Path, settings: dict[str, Any]) -> None
     os.replace(unfinished, path)
 
 
-def load_pipeline(args: argparse.Namespace, state: PartialState, dtype: torch.dtype) -> DIMEditPipeline:
-    if not state.is_local_main_process:
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
+def load_pipeline(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> DIMEditPipeline:
     pipe = DIMEditPipeline.from_pretrained(
         args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=dtype
     )
     if args.compile:
         pipe.transformer.compile_repeated_blocks(fullgraph=True)
     if args.enable_model_cpu_offload:
-        pipe.enable_model_cpu_offload(device=state.device)
+        pipe.enable_model_cpu_offload(device=device)
     else:
-        pipe.to(state.device)
+        pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def edit_batch(
+    pipe: DIMEditPipeline,
+    batch: list[Edit],
+    size: tuple[int, int],
+    seeds: list[int],
+    args: argparse.Namespace,
+) -> list[Image.Image]:
+    """Pictures of edits of one size (height, width): all of the first one, then of the next."""
+    return pipe(
+        [read_source(edit) for edit in batch],
+        [edit.fields["prompt"] for edit in batch],
+        blueprint=[edit.fields.get("blueprint") or None for edit in batch],
+        height=size[0],
+        width=size[1],
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        num_images_per_prompt=args.num_images_per_prompt,
+        # On the CPU, so that a seed gives the same noise on every device.
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        max_sequence_length=args.max_sequence_length,
+    ).images
+
+
+def write_results(args: argparse.Namespace, plans: dict[int, dict[Path, dict[str, Any]]]) -> Path:
+    """Lists what became of each line."""
+    path = Path(args.output_dir) / "results.jsonl"
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
+    with open(unfinished, "w", encoding="utf-8") as lines:
+        for edit in args.edits:
+            plan = plans[edit.line]
+            row = {"outputs": [file.name for file in plan], "seeds": [made["seed"] for made in plan.values()]}
+            lines.write(json.dumps({**edit.fields, **row}, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
+    return path
 
 
 def main(args: argparse.Namespace) -> None:
@@ -273,7 +340,10 @@ def main(args: argparse.Namespace) -> None:
 
     if len(finished) < len(pictures):
         # 2. Batches are those of all lines, so that a picture does not depend on where a run was stopped.
-        pipe = load_pipeline(args, state, dtype)
+        if not state.is_local_main_process:
+            diffusers.utils.logging.disable_progress_bar()
+            transformers.utils.logging.disable_progress_bar()
+        pipe = load_pipeline(args, state.device, dtype)
         batches = make_batches(
             args.edits,
             lambda edit: (
@@ -292,21 +362,9 @@ def main(args: argparse.Namespace) -> None:
         )
         saves: list[Future] = []
         with ThreadPoolExecutor(max_workers=1) as writer:
-            for (height, width), batch in share:
+            for size, batch in share:
                 plan = [picture for edit in batch for picture in plans[edit.line].items()]
-                images = pipe(
-                    [read_source(edit) for edit in batch],
-                    [edit.fields["prompt"] for edit in batch],
-                    blueprint=[edit.fields.get("blueprint") or None for edit in batch],
-                    height=height,
-                    width=width,
-                    num_inference_steps=args.num_inference_steps,
-                    guidance_scale=args.guidance_scale,
-                    num_images_per_prompt=args.num_images_per_prompt,
-                    # On the CPU, so that a seed gives the same noise on every device.
-                    generator=[torch.Generator("cpu").manual_seed(settings["seed"]) for _, settings in plan],
-                    max_sequence_length=args.max_sequence_length,
-                ).images
+                images = edit_batch(pipe, batch, size, [settings["seed"] for _, settings in plan], args)
                 for save in saves:
                     save.result()
                 saves = [
@@ -322,14 +380,7 @@ def main(args: argparse.Namespace) -> None:
     # 4. What became of each line
     state.wait_for_everyone()
     if state.is_main_process:
-        path = Path(args.output_dir) / "results.jsonl"
-        unfinished = path.with_name(f"{UNFINISHED}{path.name}")
-        with open(unfinished, "w", encoding="utf-8") as lines:
-            for edit in args.edits:
-                plan = plans[edit.line]
-                row = {"outputs": [file.name for file in plan], "seeds": [made["seed"] for made in plan.values()]}
-                lines.write(json.dumps({**edit.fields, **row}, ensure_ascii=False) + "\n")
-        os.replace(unfinished, path)
+        path = write_results(args, plans)
         print(f"{len(pictures)} pictures of {len(args.edits)} edits: {path}")
     state.destroy_process_group()
 
