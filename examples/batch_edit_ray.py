@@ -94,10 +94,18 @@ def find_device(on_gpu: bool) -> torch.device:
     return torch.accelerator.current_accelerator() if on_gpu else torch.device("cpu")
 
 
-def find_dtype(name: str, on_gpu: bool) -> torch.dtype:
-    if on_gpu and not torch.accelerator.is_available():
-        raise ValueError("Ray gives actors a GPU, but PyTorch sees none there: is it a build for CPUs?")
-    return resolve_dtype(name, find_device(on_gpu))
+def find_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Asks where there is a GPU, since the driver may have none."""
+
+    def find(name: str) -> torch.dtype:
+        if not torch.accelerator.is_available():
+            raise ValueError("Ray gives actors a GPU, but PyTorch sees none there: is it a build for CPUs?")
+        return resolve_dtype(name, find_device(True))
+
+    try:
+        return ray.get(ray.remote(find).options(num_gpus=args.num_gpus_per_actor).remote(args.dtype))
+    except RayTaskError as error:
+        raise error.cause from None
 
 
 def load_image_processor(args: argparse.Namespace) -> DIMImageProcessor:
@@ -125,11 +133,14 @@ class Editor:
         finished = edit_batch.find_finished(pictures)  # by an actor that died at this batch, too
         if len(finished) < len(pictures):
             seeds = [settings["seed"] for settings in pictures.values()]
-            images = edit_batch.edit_batch(self.pipe, batch, (row["height"], row["width"]), seeds, self.args)
+            try:
+                images = edit_batch.edit_batch(self.pipe, batch, (row["height"], row["width"]), seeds, self.args)
+            except ValueError as error:  # Ray Data would wrap it in its own words
+                return {"count": 0, "error": str(error)}
             for image, (path, settings) in zip(images, pictures.items(), strict=True):
                 if path not in finished:
                     edit_batch.save_whole(image, path, settings)
-        return {"count": len(batch)}
+        return {"count": len(batch), "error": ""}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -138,10 +149,7 @@ def main(args: argparse.Namespace) -> None:
         ray.init()
     num_actors = count_actors(args)
     on_gpu = args.num_gpus_per_actor > 0
-    try:
-        dtype = ray.get(ray.remote(find_dtype).options(num_gpus=args.num_gpus_per_actor).remote(args.dtype, on_gpu))
-    except RayTaskError as error:
-        raise error.cause from None
+    dtype = find_dtype(args) if on_gpu else resolve_dtype(args.dtype, find_device(False))
     plans = {edit.line: edit_batch.plan_pictures(edit, args, dtype) for edit in args.edits}
     pictures = {path: settings for plan in plans.values() for path, settings in plan.items()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -176,11 +184,10 @@ def main(args: argparse.Namespace) -> None:
             num_gpus=args.num_gpus_per_actor,
         )
         with tqdm(total=sum(len(row["lines"]) for row in rows), desc="Edits") as bar:
-            try:
-                for row in done.iter_rows():
-                    bar.update(row["count"])
-            except RayTaskError as error:
-                raise error.cause from None
+            for row in done.iter_rows():
+                if row["error"]:
+                    raise ValueError(row["error"])
+                bar.update(row["count"])
 
     # 4. What became of each line
     path = edit_batch.write_results(args, plans)

@@ -139,6 +139,7 @@ def test_folder_of_another_run_is_refused(script, without_ray, edits):
         run(script, edits, without_ray, "--seed", 1)
 
 
+@pytest.mark.slow
 def test_picture_cut_short_is_named(script, rows, tmp_path):
     Image.effect_noise((64, 64), 50).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:1500])

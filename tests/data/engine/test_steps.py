@@ -334,7 +334,7 @@ SEEN = {"Objects": "A red car.", "Spatial relations": "It is left."}
     ],
 )
 def test_captions_are_read(text):
-    assert Caption(FEW).read(text, picture()) == {"aspects": SEEN, "caption": "A car at left."}
+    assert Caption(FEW).read(text, picture()) == {"aspects": SEEN, "prompt": "A car at left."}
 
 
 @pytest.mark.parametrize(
@@ -377,10 +377,10 @@ def test_aspects_in_groups_are_merged_by_the_judge_in_a_last_call():
     sample = run(steps, answers)
 
     assert [step.name for step in steps] == ["caption-1", "caption-2", "caption"]
-    assert sample.columns == {"aspects": {**SEEN, "Text": "STOP"}, "caption": "A car at left: STOP."}
+    assert sample.columns == {"aspects": {**SEEN, "Text": "STOP"}, "prompt": "A car at left: STOP."}
     last = steps[-1].conversation(sample).turns[0]
     assert "Spatial relations: It is left.\nText: STOP" in last and "What is written?" not in last
-    assert run(steps, [*answers[:2], "**Caption:** One."]).columns["caption"] == "One."
+    assert run(steps, [*answers[:2], "**Caption:** One."]).columns["prompt"] == "One."
 
 
 def test_aspects_in_groups_are_joined_without_a_call():
@@ -388,7 +388,7 @@ def test_aspects_in_groups_are_joined_without_a_call():
 
     sample = run(steps, ["Objects: A red car.\nSpatial relations: It is left.", "Text: STOP"])
 
-    assert sample.columns["caption"] == "A red car. It is left. STOP"
+    assert sample.columns["prompt"] == "A red car. It is left. STOP"
 
 
 def test_all_aspects_are_asked_in_one_call_by_default():

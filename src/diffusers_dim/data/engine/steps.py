@@ -388,7 +388,7 @@ class Caption(_PromptedStep):
     r"""
     A long caption over many aspects of a picture: the judge writes a paragraph about each, and then merges them.
     Columns: `aspects` (its paragraphs by aspect, without those that the picture has nothing of, after those of earlier
-    steps, see [`caption_steps`]) and, if it merges, `caption`.
+    steps, see [`caption_steps`]) and, if it merges, `prompt`.
 
     With 15 aspects a judge writes some 1,500 tokens, so that its `max_new_tokens` has to be 4096 or so.
 
@@ -471,7 +471,7 @@ class Caption(_PromptedStep):
             caption = " ".join(aspects.values()) if self.merge == "join" else _plain(found.get("caption", ""))
             if not caption or _REFUSAL.match(caption):
                 raise ValueError('it has no "Caption: ...".' if self.merge == "judge" else "nothing was seen.")
-            columns["caption"] = caption
+            columns["prompt"] = caption
         return columns
 
     def depends_on(self, sample: EngineSample) -> Any:
