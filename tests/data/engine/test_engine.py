@@ -399,7 +399,7 @@ class TestGoingOn:
 
         def rule(conversation):
             asked.set()
-            time.sleep(0.2)
+            time.sleep(1.0)
 
         def interrupt():
             asked.wait(10)
