@@ -394,8 +394,11 @@ class TestGoingOn:
         summary = make(folder, [pair(number) for number in range(10)], judge)
         assert (summary.kept, len(judge.asked)) == (10, 30)
 
-    def test_ctrl_c_waits_for_what_is_paid_for(self, folder):
+    def test_ctrl_c_waits_for_what_is_paid_for(self, folder, request):
         asked = threading.Event()
+        # A shell has its background jobs ignore it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
         def rule(conversation):
             asked.set()
