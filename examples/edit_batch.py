@@ -26,7 +26,6 @@ one of more or fewer processes.
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -45,13 +44,12 @@ from tqdm.auto import tqdm
 
 from diffusers_dim import DIMEditPipeline
 from diffusers_dim.cli import resolve_dtype, save_image
-from diffusers_dim.data import read_jsonl
+from diffusers_dim.files import UNFINISHED, read_jsonl, write_lines, written_aside
 from diffusers_dim.image_processor import MAX_ASPECT_RATIO
 
 
 FIELDS = ("id", "image_path", "prompt")
 MAX_IMAGES_PER_PROMPT = 1000
-UNFINISHED = ".unfinished-"
 
 
 @dataclass
@@ -263,10 +261,8 @@ def read_source(edit: Edit) -> Image.Image:
 
 def save_whole(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:
     """Saves a picture so that it is there as a whole or not at all."""
-    # A name of its own: of a killed run some processes may live on for a while.
-    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
-    save_image(image, unfinished, settings)
-    os.replace(unfinished, path)
+    with written_aside(path) as aside:
+        save_image(image, aside, settings)
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> DIMEditPipeline:
@@ -309,13 +305,11 @@ def edit_batch(
 def write_results(args: argparse.Namespace, plans: dict[int, dict[Path, dict[str, Any]]]) -> Path:
     """Lists what became of each line."""
     path = Path(args.output_dir) / "results.jsonl"
-    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
-    with open(unfinished, "w", encoding="utf-8") as lines:
-        for edit in args.edits:
-            plan = plans[edit.line]
-            row = {"outputs": [file.name for file in plan], "seeds": [made["seed"] for made in plan.values()]}
-            lines.write(json.dumps({**edit.fields, **row}, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
+    rows = (
+        {"outputs": [file.name for file in plan], "seeds": [made["seed"] for made in plan.values()]}
+        for plan in (plans[edit.line] for edit in args.edits)
+    )
+    write_lines(path, (json.dumps({**edit.fields, **row}, ensure_ascii=False) for edit, row in zip(args.edits, rows)))
     return path
 
 

@@ -45,9 +45,9 @@ from transformers import Qwen2_5_VLConfig
 
 from diffusers_dim import DIMConnector, DIMPipeline
 from diffusers_dim.data import UnreadableSampleError, find_bucket
+from diffusers_dim.files import UNFINISHED, write_lines
 from diffusers_dim.training import add_data_arguments, encode_samples, load_sana, open_data, read_pipeline_kind
 from diffusers_dim.training.arguments import check_data_arguments, check_positive
-from diffusers_dim.training.checkpoints import UNFINISHED, save_whole
 from diffusers_dim.training.conditions import FACTS, PrecomputedDataset, load_manifest, read_vae_facts, save_shard
 from diffusers_dim.training.distributed import MIXED_DTYPES
 
@@ -296,7 +296,7 @@ def main(args: argparse.Namespace) -> None:
         for leftover in output_dir.glob(f"{UNFINISHED}*"):
             leftover.unlink(missing_ok=True)
         if not (output_dir / FACTS).exists():
-            save_whole(output_dir / FACTS, json.dumps(facts, indent=2) + "\n")
+            write_lines(output_dir / FACTS, [json.dumps(facts, indent=2)])
     accelerator.wait_for_everyone()
     if finished:
         accelerator.print(f"{len(finished)} of {count_shards(facts)} shards are already there.")

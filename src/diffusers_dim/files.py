@@ -11,49 +11,94 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reads jsonl files and picture files, for all that has to."""
+"""Reads jsonl files and picture files, and writes files as a whole, for all that has to."""
 
 import io
 import json
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from .image_processor import DIMImageProcessor
 
 
+# How the names of files begin that are being written.
+UNFINISHED = ".unfinished-"
 # What PIL was seen to raise for broken files, RuntimeError by its AVIF reader and struct.error for EXIF.
 READ_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 
-def read_jsonl(path: str | Path, fields: Iterable[str]) -> dict[int, dict[str, Any]]:
+class Line(NamedTuple):
+    """An object of a jsonl file, its line's number from 1 and where in the file it begins, in bytes."""
+
+    number: int
+    offset: int
+    row: dict[str, Any]
+
+
+def iterate_jsonl(path: str | Path, fields: Iterable[str]) -> Iterator[Line]:
     """
-    The objects of a jsonl file by their lines' numbers, from 1; empty lines are passed over.
+    The objects of a jsonl file as they come, so that a file of any length can be read; empty lines are passed over.
 
     Raises:
         ValueError: If the file holds no line, or a line is no JSON object or lacks one of `fields`; the line is named.
     """
-    rows = {}
+    fields = list(fields)
+    offset, empty = 0, True
     with open(path, "rb") as lines:  # as bytes, so that a line that is not UTF-8 is named
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-            missing = [name for name in fields if not isinstance(row, dict) or name not in row]
-            if missing:
-                raise ValueError(f"{path}, line {number} lacks {missing}: a line needs {list(fields)}.")
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is no JSON object.")
-            rows[number] = row
-    if not rows:
+            if line.strip():
+                yield Line(number, offset, _read_line(line, f"{path}, line {number}", fields))
+                empty = False
+            offset += len(line)
+    if empty:
         raise ValueError(f"{path} holds no samples.")
-    return rows
+
+
+def _read_line(line: bytes, where: str, fields: list[str]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        cut = "" if line.endswith(b"\n") else ", and is the file's last: perhaps it was cut off"
+        raise ValueError(f"{where} is not JSON: {error}{cut}.") from error
+    if missing := [name for name in fields if not isinstance(row, dict) or name not in row]:
+        has = f", and has {sorted(row)}" if isinstance(row, dict) else ""
+        raise ValueError(f"{where} lacks {missing}: a line needs {fields}{has}.")
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no JSON object.")
+    return row
+
+
+def read_jsonl(path: str | Path, fields: Iterable[str]) -> dict[int, dict[str, Any]]:
+    """The objects of a jsonl file by their lines' numbers, from 1, as [`iterate_jsonl`] reads them."""
+    return {line.number: line.row for line in iterate_jsonl(path, fields)}
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """
+    A path beside `path` to write to: it takes `path`'s place when the block ends well, and is removed when it fails.
+    What a killed process leaves begins with `UNFINISHED`.
+    """
+    # A name of its own: of a killed run some processes may live on for a while.
+    aside = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    aside.unlink(missing_ok=True)
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a text file as a whole or not at all; half a surrogate pair is written as its JSON escape."""
+    with written_aside(path) as aside, open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def read_picture(path: str | Path | bytes) -> Image.Image:

@@ -14,7 +14,6 @@
 """Blueprints for the lines of a jsonl file, in a run that can be stopped and goes on."""
 
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any, TextIO, cast
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..files import read_jsonl, read_picture
+from ..files import read_jsonl, read_picture, write_lines
 from .designer import Designer
 
 
@@ -193,10 +192,6 @@ class DesignJob:
     def _finish(self) -> int:
         """Writes all blueprints in the input's order, as a whole or not at all, and says how many."""
         rows = [{**row, "prompt": self.finished[_key(row)]} for row in self.rows if _key(row) in self.finished]
-        aside = self.output.with_name(f".{self.output.name}-{os.getpid()}")
-        with _open(aside, "w") as lines:
-            for row in rows:
-                _write(lines, row)
-        os.replace(aside, self.output)
+        write_lines(self.output, (json.dumps(row, ensure_ascii=False) for row in rows))
         self.unfinished.unlink(missing_ok=True)
         return len(rows)

@@ -13,22 +13,10 @@
 # limitations under the License.
 """Files, and folders `checkpoint-N`, that are whole or not there."""
 
-import os
 import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
-
-
-UNFINISHED = ".unfinished-"
-
-
-def save_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there as a whole or not at all."""
-    # A name of its own: of a killed run some processes may live on for a while.
-    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def checkpoint_step(path: Path) -> int:

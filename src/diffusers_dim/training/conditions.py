@@ -29,8 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ..data import UnreadableSampleError
+from ..files import write_lines, written_aside
 from ..pipelines import DIMEditPipeline, DIMPipeline
-from .checkpoints import UNFINISHED, save_whole
 
 
 TENSORS = ("hidden_states", "latents", "image_latents")
@@ -175,16 +175,15 @@ def save_shard(folder: str | Path, number: int, rows: list[dict[str, Any]]) -> N
     """
     path = shard_path(folder, number)
     tensors = {f"{position}.{name}": row[name] for position, row in enumerate(rows) for name in TENSORS if name in row}
-    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
-    save_file(tensors, unfinished)
-    os.replace(unfinished, path)
+    with written_aside(path) as aside:
+        save_file(tensors, aside)
     lines = []
     for row in rows:
         line = {name: value for name, value in row.items() if name not in TENSORS}
         if "hidden_states" in row:
             line["tokens"] = len(row["hidden_states"])
-        lines.append(json.dumps(line) + "\n")
-    save_whole(path.with_suffix(".jsonl"), "".join(lines))
+        lines.append(json.dumps(line))
+    write_lines(path.with_suffix(".jsonl"), lines)
 
 
 def load_manifest(folder: str | Path, number: int) -> list[dict[str, Any]] | None:

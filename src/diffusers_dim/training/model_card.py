@@ -22,7 +22,7 @@ from typing import Any
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from .checkpoints import UNFINISHED
+from ..files import UNFINISHED
 from .monitor import read_losses
 
 

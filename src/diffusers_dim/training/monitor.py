@@ -24,7 +24,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from .checkpoints import save_whole
+from ..files import write_lines
 
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ def read_losses(path: Path) -> list[dict[str, float]]:
 
 def cut_losses(path: Path, step: int) -> None:
     """Cuts a `losses.jsonl` back to `step`: a killed run has gone further than its last checkpoint."""
-    kept = [json.dumps(entry) + "\n" for entry in read_losses(path) if entry["step"] <= step]
+    kept = [json.dumps(entry) for entry in read_losses(path) if entry["step"] <= step]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(path, "".join(kept))
+    write_lines(path, kept)
 
 
 def draw_curves(losses: str | Path, path: str | Path) -> Path | None:

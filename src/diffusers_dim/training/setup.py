@@ -28,8 +28,9 @@ from diffusers import AutoencoderDC, DiffusionPipeline
 
 from ..data import SkippedSamples, TrainingLoader, load_training_data
 from ..data.records import Kind
+from ..files import write_lines
 from ..pipelines import DIMPipeline
-from .checkpoints import checkpoint_step, latest_checkpoint, save_whole
+from .checkpoints import checkpoint_step, latest_checkpoint
 from .conditions import PrecomputedDataset, read_vae_facts
 from .distributed import MIXED_DTYPES, check_optimizer, distributed_accelerator, shard_frozen
 from .model_card import push_to_hub, save_model_card
@@ -201,7 +202,7 @@ def begin_run(args: argparse.Namespace, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_whole(path, json.dumps(settings, indent=2) + "\n")
+        write_lines(path, [json.dumps(settings, indent=2)])
     if args.report_to != "none":
         config = {key: value for key, value in settings.items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers(args.tracker_project_name, config)

@@ -138,7 +138,7 @@ class TestRows:
 
 class TestAsking:
     def test_has_as_many_conversations_in_flight_as_allowed_but_no_more(self, folder):
-        judge = RuleJudge(16, seconds=0.01)
+        judge = RuleJudge(16, seconds=0.1)
         make(folder, (pair(number) for number in range(64)), judge, concurrency=16)
         assert judge.most_at_once == 16
 

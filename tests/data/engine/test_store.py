@@ -20,7 +20,8 @@ import threading
 import pyarrow.parquet as pq
 import pytest
 
-from diffusers_dim.data.engine.store import CAPTION_COLUMNS, EDIT_COLUMNS, Answer, Ledger, Shard, write_lines
+from diffusers_dim.data.engine.store import CAPTION_COLUMNS, EDIT_COLUMNS, Answer, Ledger, Shard
+from diffusers_dim.files import write_lines
 
 
 ANSWER = Answer("assess", "fits ☃", {"assessment": "fits", "n": 1}, "", True, 5, 100, 0.25, 0.5)

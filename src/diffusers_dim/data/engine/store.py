@@ -331,11 +331,3 @@ class Shard:
                 f"{self.path} cannot be written: {error}. What was finished stays in the ledger: make room, then run"
                 " again."
             ) from error
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes a text file as a whole or not at all; half a surrogate pair is written as its JSON escape."""
-    aside = path.with_name(f".{path.name}.aside")
-    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(f"{line}\n" for line in lines)
-    os.replace(aside, path)

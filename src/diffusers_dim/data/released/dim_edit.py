@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...files import iterate_jsonl
 from ..records import JSONL_COLUMNS
 from .archives import find_parts, stream_members, unpacked_mark
-from .rows import iterate_jsonl, path_inside
+from .rows import path_inside
 from .tables import MissingPictures, cache_path, import_datasets, write_table
 
 

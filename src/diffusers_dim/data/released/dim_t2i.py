@@ -21,14 +21,16 @@ import posixpath
 import sqlite3
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from tqdm.auto import tqdm
 
+from ...files import iterate_jsonl, written_aside
 from ..records import FORMATS, PROMPTS
-from .rows import iterate_jsonl, path_inside
+from .rows import path_inside
 from .tables import MissingPictures, cache_path, import_datasets, write_table
 
 
@@ -169,10 +171,7 @@ def _build_index(
 ) -> int:
     """Writes which line of which jsonl has which picture; returns how many there are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-    aside.unlink(missing_ok=True)
-    index = sqlite3.connect(aside)
-    try:
+    with written_aside(path) as aside, closing(sqlite3.connect(aside)) as index:
         index.execute("PRAGMA synchronous = OFF")  # a lost index is made again
         index.execute(
             "CREATE TABLE rows (row INTEGER PRIMARY KEY, source TEXT, line INTEGER, offset INTEGER, "
@@ -184,13 +183,7 @@ def _build_index(
         index.execute("DROP TABLE pictures")
         index.execute("DROP TABLE captions")
         index.commit()
-        count = index.execute("SELECT COUNT(*) FROM rows").fetchone()[0]
-        index.close()
-        os.replace(aside, path)
-        return count
-    finally:
-        index.close()
-        aside.unlink(missing_ok=True)
+        return index.execute("SELECT COUNT(*) FROM rows").fetchone()[0]
 
 
 def _index_source(

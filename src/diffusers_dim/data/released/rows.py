@@ -13,53 +13,12 @@
 # limitations under the License.
 """Lines of jsonl files one by one, and the files that they name."""
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import fsspec
-
-
-class Line(NamedTuple):
-    """An object of a jsonl file, its line's number from 1 and where in the file it begins, in bytes."""
-
-    number: int
-    offset: int
-    row: dict[str, Any]
-
-
-def iterate_jsonl(path: str | Path, fields: Iterable[str]) -> Iterator[Line]:
-    """
-    The objects of a jsonl file as they come, so that a file of any length can be read; empty lines are passed over.
-
-    Raises:
-        ValueError: If the file holds no line, or a line is no JSON object or lacks one of `fields`; the line is named.
-    """
-    fields = list(fields)
-    offset, empty = 0, True
-    with open(path, "rb") as lines:  # as bytes, so that a line that is not UTF-8 is named
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield Line(number, offset, _read_line(line, f"{path}, line {number}", fields))
-                empty = False
-            offset += len(line)
-    if empty:
-        raise ValueError(f"{path} holds no samples.")
-
-
-def _read_line(line: bytes, where: str, fields: list[str]) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        cut = "" if line.endswith(b"\n") else ", and is the file's last: perhaps it was cut off"
-        raise ValueError(f"{where} is not JSON: {error}{cut}.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is no JSON object.")
-    if missing := [name for name in fields if name not in row]:
-        raise ValueError(f"{where} lacks {missing}: a line needs {fields}, and has {sorted(row)}.")
-    return row
 
 
 def path_inside(root: Path, path: str, where: str = "The data") -> Path:

@@ -19,11 +19,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from ...files import iterate_jsonl
 from ..engine.records import EngineSample
 from ..records import COLUMNS, Kind, _load_rows, _resolve_columns, list_columns, read_column
 from .dim_edit import ARCHIVE, load_dim_edit
 from .mappings import ColumnMapping, find_mapping, first, get_mapping, single
-from .rows import iterate_jsonl, read_file
+from .rows import read_file
 from .tables import import_datasets
 
 

@@ -15,12 +15,13 @@
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from ...files import written_aside
 
 
 logger = logging.getLogger(__name__)
@@ -83,14 +84,13 @@ def write_table(rows: Iterator[dict[str, Any]], features: Any, path: Path) -> An
 
     schema = features.arrow_schema
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-    try:
-        with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            while batch := list(islice(rows, BATCH)):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with (
+        written_aside(path) as aside,
+        pa.OSFile(str(aside), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+    ):
+        while batch := list(islice(rows, BATCH)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
     return import_datasets().Dataset.from_file(str(path))
 
 
