@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from ..image_processor import DIMImageProcessor
+from ..models.processing_dim import to_messages
 from .blueprint import Blueprint, BlueprintError, strip_thoughts
 from .prompts import DESIGN_PROMPT, REPAIR_PROMPT, REWRITE_PROMPT, REWRITE_REPAIR_PROMPT
 
@@ -72,12 +73,7 @@ class Conversation:
 
     def messages(self) -> list[dict[str, Any]]:
         """The turns as chat templates of transformers take them; the pictures themselves are passed beside them."""
-        messages: list[dict[str, Any]] = [
-            {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": turn}]}
-            for i, turn in enumerate(self.turns)
-        ]
-        messages[0]["content"] = [{"type": "image"} for _ in self.images] + messages[0]["content"]
-        return messages
+        return to_messages(self.turns, len(self.images))
 
 
 @dataclass(frozen=True)
@@ -137,6 +133,16 @@ def is_blueprint(text: str) -> bool:
     except BlueprintError:
         return False
     return True
+
+
+def describe_cut(max_new_tokens: int, problem: str = "") -> str:
+    """What is wrong with an answer that ended at the limit of its length, and perhaps otherwise."""
+    return f"it was cut off after {max_new_tokens} tokens; be brief. {problem}".strip()
+
+
+def ask_again(draft: str, repair: str, problem: str) -> tuple[str, str]:
+    """The two turns that follow a bad answer: what the model said, without its thoughts, and `repair` for it."""
+    return strip_thoughts(draft).strip() or "...", repair.replace("{problem}", problem)
 
 
 def _tell(on_text: OnText | None, places: list[int], place: int, text: str) -> None:
@@ -211,7 +217,11 @@ class Designer(ABC):
         """
 
     def design(
-        self, images: Sequence[Image.Image], instructions: Sequence[str], on_text: OnText | None = None
+        self,
+        images: Sequence[Image.Image],
+        instructions: Sequence[str],
+        on_text: OnText | None = None,
+        **kwargs: Any,
     ) -> list[str]:
         """
         Writes the blueprints of edits.
@@ -222,6 +232,7 @@ class Designer(ABC):
             on_text (`Callable`, *optional*):
                 Called as `on_text(index, text)` with the model's words so far, thoughts too, while they grow. A
                 second try starts anew. Where many are asked at once, calls come from another thread, one at a time.
+            kwargs: What the designer's own [`~Designer.design_each`] takes besides.
 
         Returns:
             One [`Blueprint`] each, in order; the instruction itself where `on_failure="instruction"` took effect.
@@ -230,7 +241,7 @@ class Designer(ABC):
             DesignError: If a blueprint cannot be had. All others were finished, and are in the cache if there is one.
             ValueError: If there are not as many images as instructions.
         """
-        return self._in_order(self.design_each(images, instructions, on_text))
+        return self._in_order(self.design_each(images, instructions, on_text, **kwargs))
 
     def design_each(
         self, images: Sequence[Image.Image], instructions: Sequence[str], on_text: OnText | None = None
@@ -304,12 +315,10 @@ class Designer(ABC):
                 except ValueError as error:
                     problem = str(error)
                 if not draft.finished:
-                    problem = f"it was cut off after {self.max_new_tokens} tokens; be brief. {problem}".strip()
+                    problem = describe_cut(self.max_new_tokens, problem)
                 if problem and not repaired:
                     asked = conversations[place]
-                    answer = strip_thoughts(draft.text).strip() or "..."
-                    again = task.repair.replace("{problem}", problem)
-                    waiting[index] = replace(asked, turns=(*asked.turns, answer, again))
+                    waiting[index] = replace(asked, turns=asked.turns + ask_again(draft.text, task.repair, problem))
                     continue
                 if problem:
                     advice = "" if draft.finished else " Raise `max_new_tokens`."

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .designer import Draft
+from .designer import DesignError, Draft
 
 
 # Tags of thoughts and answers are special tokens of some tokenizers (Kimi-VL's ◁think▷); left out like the others,
@@ -34,6 +34,27 @@ def get_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     eos = model.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     return list(eos) if isinstance(eos, (list, tuple)) else [eos] if eos is not None else []
+
+
+def check_context(
+    model: PreTrainedModel, length: int, max_new_tokens: int, advice: str = "give a smaller picture"
+) -> DesignError | None:
+    """
+    The error of a conversation that is too long for the model with its answer, `None` if it is not.
+
+    Args:
+        model (`PreTrainedModel`): Its text config's `max_position_embeddings` are what it reads, if there are any.
+        length (`int`): The conversation's tokens.
+        max_new_tokens (`int`): The answer's at most.
+        advice (`str`): How to have fewer tokens of pictures.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or length + max_new_tokens <= context:
+        return None
+    return DesignError(
+        f"The conversation's {length} tokens and `max_new_tokens={max_new_tokens}` are more than the {context} that"
+        f" the model reads: {advice}, shorten the instruction, or lower `max_new_tokens`."
+    )
 
 
 def get_omitted_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:

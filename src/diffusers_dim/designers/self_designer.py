@@ -22,7 +22,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from ..models.prefix_dim import DIMPrefix
 from .designer import Conversation, Design, Designer, DesignError, Draft, OnText
-from .generation import AnswerStreamer, get_eos_token_ids, read_answer
+from .generation import AnswerStreamer, check_context, get_eos_token_ids, read_answer
 
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class SelfDesigner(Designer):
         name = getattr(model, "name_or_path", "") or self.pipe.config.get("_name_or_path", "")
         return {**super().settings, "model": str(name), "dtype": str(model.dtype)}
 
-    def design(
+    def design_each(
         self,
         images: Sequence[Image.Image],
         instructions: Sequence[str],
@@ -92,9 +92,9 @@ class SelfDesigner(Designer):
         height: int | None = None,
         width: int | None = None,
         prefix: DIMPrefix | None = None,
-    ) -> list[str]:
+    ) -> Iterator[Design]:
         """
-        [`Designer.design`] at the view that the painter's condition has.
+        [`Designer.design_each`] at the view that the painter's condition has. [`~Designer.design`] takes the same.
 
         Args:
             images (`Sequence[PIL.Image.Image]`): The sources.
@@ -107,18 +107,6 @@ class SelfDesigner(Designer):
             prefix ([`DIMPrefix`], *optional*):
                 What the model has made of these images at this size already, see [`DIMPipeline.encode_prefix`].
         """
-        return self._in_order(self.design_each(images, instructions, on_text, height, width, prefix))
-
-    def design_each(
-        self,
-        images: Sequence[Image.Image],
-        instructions: Sequence[str],
-        on_text: OnText | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        prefix: DIMPrefix | None = None,
-    ) -> Iterator[Design]:
-        """[`~SelfDesigner.design`] that gives each result as soon as it is there, failures too."""
         self._check()
         views = []
         for image in self.pipe.image_processor.to_rgb(list(images)):
@@ -187,22 +175,18 @@ class SelfDesigner(Designer):
             inputs["attention_mask"] = torch.cat([torch.ones_like(prefix.input_ids), inputs["attention_mask"]], dim=1)
 
         length = inputs["input_ids"].shape[1]
-        context = model.config.get_text_config().max_position_embeddings
-        if length + self.max_new_tokens > context:
-            return [
-                DesignError(
-                    f"The conversation's {length} tokens and `max_new_tokens={self.max_new_tokens}` are more than the"
-                    f" {context} that the model reads: edit at a smaller size, shorten the instruction, or lower"
-                    " `max_new_tokens`."
-                )
-            ] * len(conversations)
+        error = check_context(model, length, self.max_new_tokens, "edit at a smaller size")
+        if error is not None:
+            return [error] * len(conversations)
 
         cache = self._get_cache(prefix, len(conversations), length + self.max_new_tokens, device)
         if prefix is not None:
             model.model.rope_deltas = prefix.rope_deltas
         eos_token_ids = get_eos_token_ids(model, processor.tokenizer)
-        compile_config = CompileConfig()
-        compile_config._compile_all_devices = True  # transformers leaves CPUs out, even when asked
+        compile_config = None
+        if self.compile:
+            compile_config = CompileConfig()
+            compile_config._compile_all_devices = True  # transformers leaves CPUs out, even when asked
         output = model.generate(
             **inputs,
             past_key_values=cache,
@@ -214,7 +198,7 @@ class SelfDesigner(Designer):
             eos_token_id=eos_token_ids,
             pad_token_id=processor.tokenizer.pad_token_id,
             disable_compile=not self.compile,
-            compile_config=compile_config if self.compile else None,
+            compile_config=compile_config,
             streamer=AnswerStreamer(processor.tokenizer, on_text, eos_token_ids),
         )
         return [read_answer(processor.tokenizer, row[length:], eos_token_ids) for row in output]

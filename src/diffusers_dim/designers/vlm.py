@@ -30,7 +30,7 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from .designer import Conversation, Designer, DesignError, Draft, OnText
-from .generation import AnswerStreamer, get_eos_token_ids, get_omitted_token_ids, read_answer
+from .generation import AnswerStreamer, check_context, get_eos_token_ids, get_omitted_token_ids, read_answer
 
 
 class VLMDesigner(Designer):
@@ -146,19 +146,11 @@ class VLMDesigner(Designer):
         self, places: list[int], conversations: Sequence[Conversation], on_text: OnText
     ) -> Iterator[tuple[int, Draft | DesignError]]:
         inputs = self._encode([conversations[place] for place in places])
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        fits = [context is None or length + self.max_new_tokens <= context for length in lengths]
-        if not all(fits):
-            for place, length, fit in zip(places, lengths, fits):
-                if not fit:
-                    error = DesignError(
-                        f"The conversation's {length} tokens and `max_new_tokens={self.max_new_tokens}` are more than"
-                        f" the {context} that the model reads: give a smaller picture, shorten the instruction, or"
-                        " lower `max_new_tokens`."
-                    )
-                    yield place, error
-            places = [place for place, fit in zip(places, fits) if fit]
+        errors = [check_context(self.model, length, self.max_new_tokens) for length in lengths]
+        if any(errors):
+            yield from ((place, error) for place, error in zip(places, errors) if error is not None)
+            places = [place for place, error in zip(places, errors) if error is None]
             if not places:
                 return
             inputs = self._encode([conversations[place] for place in places])

@@ -13,6 +13,7 @@
 # limitations under the License.
 """What the vision-language model reads: a user turn of picture and text, and which tokens are the condition."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ from transformers.processing_utils import ProcessorMixin
 
 
 VISION_END = "<|vision_end|>"
+
+
+def to_messages(turns: Sequence[str], pictures: int = 0) -> list[dict[str, Any]]:
+    """
+    A conversation as chat templates of transformers take it: the user's and the model's turns by turns, the user's
+    first, which begins with as many pictures.
+    """
+    messages: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": turn}]}
+        for i, turn in enumerate(turns)
+    ]
+    messages[0]["content"] = [{"type": "image"} for _ in range(pictures)] + messages[0]["content"]
+    return messages
 
 
 class DIMProcessor(Qwen2_5_VLProcessor, ProcessorMixin):
@@ -115,12 +129,11 @@ class DIMProcessor(Qwen2_5_VLProcessor, ProcessorMixin):
         if images is not None and len(images) != len(text):
             raise ValueError(f"Got {len(images)} images for {len(text)} prompts: give one image a prompt.")
         self.check_text(text)
-        content = [[{"type": "text", "text": prompt}] for prompt in text]
         if images is not None:
             images = [self.resize(image, height or image.height, width or image.width) for image in images]
-            content = [[{"type": "image"}, *turn] for turn in content]
         conversations = [
-            self.apply_chat_template([{"role": "user", "content": turn}], tokenize=False) for turn in content
+            self.apply_chat_template(to_messages([prompt], pictures=images is not None), tokenize=False)
+            for prompt in text
         ]
         inputs = self(images=images, text=conversations, padding=True, padding_side="right", return_tensors="pt")
         inputs["condition_mask"] = self.get_condition_mask(inputs["input_ids"])
@@ -176,12 +189,9 @@ class DIMProcessor(Qwen2_5_VLProcessor, ProcessorMixin):
         texts = []
         for row in turns:
             self.check_text(list(row))
-            conversation: list[dict[str, Any]] = [
-                {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": turn}]}
-                for i, turn in enumerate(row)
-            ]
-            conversation[0]["content"].insert(0, {"type": "image"})
-            text = self.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, tokenize=False)
+            text = self.apply_chat_template(
+                to_messages(row, pictures=1), add_generation_prompt=add_generation_prompt, tokenize=False
+            )
             texts.append(text.split(VISION_END, 1)[1])
         return self.tokenizer(
             texts, padding=True, padding_side=padding_side, add_special_tokens=False, return_tensors="pt"

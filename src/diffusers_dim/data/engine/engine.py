@@ -33,10 +33,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ...designers import Designer, DesignError, Draft
-from ...designers.blueprint import strip_thoughts
+from ...designers.designer import ask_again, describe_cut
+from ...files import UNFINISHED, write_lines
 from .filters import Filter
 from .records import EngineSample, Step, answer_key
-from .store import CAPTION_COLUMNS, EDIT_COLUMNS, Answer, Ledger, Shard, write_lines
+from .store import CAPTION_COLUMNS, EDIT_COLUMNS, Answer, Ledger, Shard
 
 
 REPAIR_PROMPT = """\
@@ -473,8 +474,9 @@ class DataEngine:
                 raise ValueError(
                     f"{self.output_dir} is in use by another run: wait for it, or choose another `output_dir`."
                 ) from error
-            for aside in self.output_dir.glob(".*.aside"):  # of a run that was killed
-                aside.unlink()
+            for pattern in (".*.aside", f"{UNFINISHED}*"):  # of a run that was killed
+                for aside in self.output_dir.glob(pattern):
+                    aside.unlink()
             with Ledger(self.output_dir / "ledger.sqlite") as ledger:
                 yield ledger
         finally:
@@ -613,8 +615,7 @@ class _Flow:
                 if job.turns:
                     job.end("dropped", step.name, UNREADABLE_ANSWER, f"{problem} It wrote: {answer.text!r}")
                 else:
-                    said = strip_thoughts(answer.text).strip() or "..."
-                    job.turns = (said, REPAIR_PROMPT.replace("{problem}", problem))
+                    job.turns = ask_again(answer.text, REPAIR_PROMPT, problem)
                     job.key += "-2"
                 continue
             job.sample.columns.update(columns)
@@ -633,7 +634,7 @@ class _Flow:
             problem = str(error) or "it is not in the form that was asked for."
         if finished:
             return columns, problem
-        return None, f"it was cut off after {self.judge.max_new_tokens} tokens; be brief. {problem}".strip()
+        return None, describe_cut(self.judge.max_new_tokens, problem)
 
     def _want(self, job: _Job) -> None:
         if self.stopped is not None:
