@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 import edit_batch
 from diffusers_dim import DIMImageProcessor, DIMTransformer2DModel
-from diffusers_dim.cli import resolve_dtype
+from diffusers_dim.cli_common import resolve_dtype
 from diffusers_dim.files import UNFINISHED
 from edit_batch import Edit
 

@@ -43,7 +43,7 @@ from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
 from diffusers_dim import DIMEditPipeline
-from diffusers_dim.cli import resolve_dtype, save_image
+from diffusers_dim.cli_common import resolve_dtype, save_image
 from diffusers_dim.files import UNFINISHED, read_jsonl, write_lines, written_aside
 from diffusers_dim.image_processor import MAX_ASPECT_RATIO
 

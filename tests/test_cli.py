@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_runs import assert_refused
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -20,16 +21,6 @@ def source(tmp_path_factory):
 def run(*arguments):
     """Runs the command line; `result.output` is stdout and stderr together."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_refused(result, *words):
-    """Exit code 2, nothing on stdout, and one line on stderr that holds these words."""
-    assert result.exit_code == 2
-    assert result.stdout == ""
-    assert result.stderr.startswith("diffusers-dim: error: ")
-    assert result.stderr.count("\n") == 1
-    for word in words:
-        assert word in result.stderr
 
 
 @pytest.mark.parametrize("command", ["edit", "generate", "convert", "demo"])

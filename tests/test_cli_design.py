@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from cli_runs import assert_refused
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,16 +24,6 @@ COMMAND = [sys.executable, "-c", "from diffusers_dim.cli import app; app()", "de
 
 def run(*arguments):
     return CliRunner().invoke(app, ["design", *map(str, arguments)])
-
-
-def assert_refused(result, *words):
-    """Exit code 2, nothing on stdout, and one line on stderr that holds these words."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("diffusers-dim: error: ")
-    assert result.stderr.count("\n") == 1
-    for word in words:
-        assert word in result.stderr
 
 
 def write(path, rows):

@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 import pytest
+from cli_runs import assert_refused
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -54,16 +55,6 @@ def run(*arguments):
 def ask(server, edits, output, command, *options):
     judge = ("--model", "tiny-judge", "--base-url", server.url)
     return run(command, "--input", edits, "--output", output, *judge, *options)
-
-
-def assert_refused(result, *words):
-    """Exit code 2, nothing on stdout, and one line on stderr that holds these words."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("diffusers-dim: error: ")
-    assert result.stderr.count("\n") == 1
-    for word in words:
-        assert word in result.stderr
 
 
 def truth(edits):

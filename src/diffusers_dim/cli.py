@@ -17,29 +17,33 @@ The command line: `diffusers-dim edit`, `generate`, `convert`, `design` and `dem
 torch and the models are imported inside the functions that need them, so that `--help` answers at once.
 """
 
-import io
-import json
-import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from . import __version__
+from .cli_common import (
+    DESIGNER_OPTIONS,
+    GrowingText,
+    check_writable,
+    choose_options,
+    errors_in_one_line,
+    load_designer,
+    load_pipeline,
+    resolve_device,
+    resolve_dtype,
+    save_image,
+    show_progress_on_terminals_only,
+)
 from .data_cli import data_app
 
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
-
-    from .designers import Designer
-    from .pipelines import DIMPipeline
 
 
 app = typer.Typer(
@@ -82,18 +86,6 @@ DesignerOption = Annotated[
 VaeTilingOption = Annotated[bool, typer.Option("--vae-tiling", help="Decode large pictures in tiles.")]
 
 
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Turns the errors that bad input raises into a line on stderr and exit code 2, with no traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        # A ValueError of ours may list what is wrong; libraries' OSErrors are broken into lines for no reason.
-        message = str(error) if isinstance(error, ValueError) else " ".join(str(error).split())
-        typer.echo(f"diffusers-dim: error: {message}", err=True)
-        raise typer.Exit(2) from error
-
-
 def print_version(wanted: bool) -> None:
     """Prints the package's version and ends."""
     if wanted:
@@ -129,17 +121,6 @@ def read_image(path: Path) -> "Image.Image":
     return image
 
 
-def check_writable(path: Path, hint: str) -> None:
-    """Raises a `ValueError` if no file could be written there."""
-    if path.is_dir():
-        raise ValueError(f"--output {path}: is a folder; name {hint}.")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ValueError(f"--output {path}: there is no folder {folder}.")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ValueError(f"--output {path}: cannot be written.")
-
-
 def check_output(path: Path) -> None:
     """Raises a `ValueError` if a picture could not be saved there, before anything is computed."""
     from PIL import Image
@@ -148,19 +129,6 @@ def check_output(path: Path) -> None:
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"--output {path}: its name has to end in a picture format, such as .png, .jpg or .webp.")
-
-
-def save_image(image: "Image.Image", path: Path, settings: dict[str, Any]) -> None:
-    """Saves a picture; a PNG carries what it was made with as JSON in its text chunk "parameters"."""
-    from PIL import Image, PngImagePlugin
-
-    kind, options = Image.registered_extensions()[path.suffix.lower()], {}
-    if kind == "PNG":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        options["pnginfo"].add_text("parameters", json.dumps(settings, ensure_ascii=False))
-    encoded = io.BytesIO()
-    image.save(encoded, kind, **options)
-    path.write_bytes(encoded.getvalue())
 
 
 def read_text_option(value: str, name: str) -> str:
@@ -179,119 +147,6 @@ def read_text_option(value: str, name: str) -> str:
     if not text.strip():
         raise ValueError(f"{name} {value}: holds no text.")
     return text.strip()
-
-
-def resolve_device(name: str) -> "torch.device":
-    """
-    The device of that name; the accelerator, or without one the CPU, for "auto".
-
-    Raises:
-        ValueError: If this machine has no such device.
-    """
-    import torch
-    from diffusers.utils.torch_utils import get_device
-
-    try:
-        device = torch.device(get_device() if name == "auto" else name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name}: is no device; name one such as auto, cpu, cuda or cuda:1.") from error
-    if device.type != "cpu":
-        count = getattr(torch, device.type).device_count() if device.type == get_device() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(f"--device {name}: this machine has {count or 'none'} of the kind {device.type}.")
-    return device
-
-
-def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":
-    """The dtype of that name; for "auto" bfloat16 on an accelerator that has it, else float32."""
-    import torch
-
-    if name == "auto":
-        has_bfloat16 = device.type == "xpu" or (
-            device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-        name = "bfloat16" if has_bfloat16 else "float32"
-    return getattr(torch, name)
-
-
-def show_progress_on_terminals_only() -> None:
-    """Keeps the libraries' progress bars out of log files."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-
-
-def print_growing(text: str, printed: str, err: bool = False) -> None:
-    """Prints what `text` has more than what was printed of it, or all of it where it is another one."""
-    if not text.startswith(printed):
-        typer.echo("\n\n", nl=False, err=err)
-        printed = ""
-    typer.echo(text[len(printed) :], nl=False, err=err)
-
-
-def load_pipeline(
-    kind: Literal["edit", "t2i"],
-    model: str,
-    device: "torch.device",
-    dtype: "torch.dtype",
-    offload: str = "none",
-    vae_tiling: bool = False,
-) -> "DIMPipeline":
-    """
-    Loads a pipeline for use: on its device or with offloading.
-
-    Raises:
-        ValueError: If `model` is no pipeline of that kind, or cannot be loaded.
-    """
-    from safetensors import SafetensorError
-
-    from . import DIMEditPipeline, DIMPipeline
-    from .loaders.released import REPO_ID
-
-    if offload != "none" and device.type == "cpu":
-        raise ValueError(f"--offload {offload}: needs an accelerator to load to, but the device is the CPU.")
-    pipeline_class = DIMEditPipeline if kind == "edit" else DIMPipeline
-    folder = Path(model).expanduser()
-    if folder.exists():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise ValueError(f"--model {model}: holds no model_index.json. See `diffusers-dim convert --help`.")
-        try:
-            found = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"--model {model}: its model_index.json names no pipeline class.") from error
-        found = found[-1] if isinstance(found, list) else found
-        if found != pipeline_class.__name__:
-            hint = {
-                "DIMEditPipeline": " `diffusers-dim edit` takes it.",
-                "DIMPipeline": " `diffusers-dim generate` takes it.",
-            }
-            raise ValueError(
-                f"--model {model}: has to be a {pipeline_class.__name__}, but is a {found}.{hint.get(found, '')}"
-            )
-    elif not REPO_ID.fullmatch(model):
-        raise ValueError(f"--model {model}: is neither a folder here nor a Hub repository id (owner/name).")
-    show_progress_on_terminals_only()
-    try:
-        pipe = pipeline_class.from_pretrained(folder if folder.exists() else model, dtype=dtype)
-    except (OSError, SafetensorError) as error:
-        where = "" if folder.exists() else "is no folder here, and as a Hub repository "
-        raise ValueError(f"--model {model}: {where}cannot be loaded ({' '.join(str(error).split())})") from error
-    if vae_tiling:
-        pipe.vae.enable_tiling()
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    elif offload == "group":
-        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
-    else:
-        pipe.to(device)
-    pipe.set_progress_bar_config(desc="Denoising", disable=not sys.stderr.isatty())
-    return pipe
 
 
 def paint(
@@ -318,15 +173,9 @@ def paint(
     if designer != "default":
         pipe.designer = None if designer == "none" else designer
     seed = secrets.randbelow(2**32) if seed is None else seed
-    printed = ""
-
-    def show(pipe: "DIMPipeline", index: int, text: str) -> None:
-        nonlocal printed
-        print_growing(text, printed, err=True)
-        printed = text
-
     if sys.stderr.isatty():
-        inputs["callback_on_design"] = show
+        growing = GrowingText(err=True)
+        inputs["callback_on_design"] = lambda pipe, index, text: growing.show(text)
     start = time.perf_counter()
     # On the CPU, so that a seed gives the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(num_images)]
@@ -481,61 +330,6 @@ def convert(
     )
 
 
-# The options of `design` that each designer takes.
-DESIGNER_OPTIONS = {
-    "self": ("--model", "--batch-size", "--max-new-tokens", "--cache", "--device", "--dtype"),
-    "vlm": ("--model", "--batch-size", "--max-new-tokens", "--cache", "--device", "--dtype"),
-    "openai": ("--model", "--base-url", "--concurrency", "--max-new-tokens", "--cache"),
-    "replay": ("--blueprints",),
-}
-
-
-def load_designer(kind: str, on_failure: str, options: dict[str, Any]) -> "Designer":
-    """
-    The designer of that kind.
-
-    Args:
-        kind (`str`): One of `DESIGNER_OPTIONS`.
-        on_failure (`str`): See [`Designer`].
-        options (`dict`): What was given on the command line by the options' names.
-
-    Raises:
-        ValueError: If it cannot be had, or an option is missing.
-    """
-    from .designers import BlueprintCache
-
-    common: dict[str, Any] = {"on_failure": on_failure}
-    if "--cache" in options:
-        common["cache"] = BlueprintCache(options["--cache"])
-    if "--max-new-tokens" in options:
-        common["max_new_tokens"] = options["--max-new-tokens"]
-    if kind == "replay":
-        from .designers.replay import ReplayDesigner
-
-        return ReplayDesigner(options["--blueprints"], **common)
-    model = options["--model"]
-    if kind == "openai":
-        from .designers.openai import OpenAIDesigner
-
-        try:
-            return OpenAIDesigner(
-                model, base_url=options.get("--base-url"), concurrency=options.get("--concurrency", 8), **common
-            )
-        except ImportError as error:
-            raise ValueError(f"--designer openai: {error}.") from error
-    common["batch_size"] = options.get("--batch-size", 8)
-    device = resolve_device(options.get("--device", "auto"))
-    dtype = resolve_dtype(options.get("--dtype", "auto"), device)
-    if kind == "vlm":
-        from .designers.vlm import VLMDesigner
-
-        show_progress_on_terminals_only()
-        return VLMDesigner(model, dtype=dtype, device=device, **common)
-    from .designers.self_designer import SelfDesigner
-
-    return SelfDesigner(load_pipeline("edit", model, device, dtype), **common)
-
-
 @app.command()
 @errors_in_one_line()
 def design(
@@ -609,17 +403,13 @@ def design(
         "--batch-size": batch_size,
         "--concurrency": concurrency,
         "--cache": cache,
-        "--device": None if device == "auto" else device,
-        "--dtype": None if dtype == "auto" else dtype,
+        "--device": device,
+        "--dtype": dtype,
     }
-    options = {name: value for name, value in given.items() if value is not None}
-    taken = DESIGNER_OPTIONS[designer]
-    for name in options:
-        if name not in taken:
-            # Without the value: an address may hold a password.
-            raise ValueError(f"{name}: is nothing for --designer {designer}, which takes {', '.join(taken)}.")
-    if taken[0] not in options:
-        raise ValueError(f"--designer {designer}: needs {taken[0]}.")
+    options = choose_options("--designer", designer, given)
+    first = DESIGNER_OPTIONS[designer][0]
+    if first not in options:
+        raise ValueError(f"--designer {designer}: needs {first}.")
     if (jsonl is None) == (image is None):
         raise ValueError("Give --image with --prompt, or --jsonl with --output.")
     if (prompt is None) != (image is None):
@@ -658,16 +448,11 @@ def design(
     picture = DIMImageProcessor().to_rgb(picture)[0]
     loaded = load_designer(designer, on_failure, options)
     start = time.perf_counter()
-    printed = ""
-
-    def show(index: int, text: str) -> None:
-        nonlocal printed
-        print_growing(text, printed)
-        printed = text
-
+    growing = GrowingText()
     grows = output is None and sys.stdout.isatty()
-    (made,) = loaded.design_each([picture], [prompt], show if grows else None)
-    if printed:
+    tell = (lambda index, text: growing.show(text)) if grows else None
+    (made,) = loaded.design_each([picture], [prompt], tell)
+    if growing.printed:
         typer.echo()
     if made.blueprint is None:
         typer.echo(f"diffusers-dim: error: {made.error}", err=True)
@@ -675,8 +460,8 @@ def design(
     text = str(made.blueprint)
     if output is not None:
         output.write_text(f"{text}\n", encoding="utf-8")
-    elif text != printed.strip():
-        typer.echo(f"\n{text}" if printed else text)
+    elif text != growing.printed.strip():
+        typer.echo(f"\n{text}" if growing.printed else text)
     typer.echo(
         f"{made.tokens:,} tokens{', repaired' if made.repaired else ''}, {time.perf_counter() - start:.1f} s", err=True
     )

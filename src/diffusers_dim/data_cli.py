@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .cli_common import check_writable, choose_options, errors_in_one_line, load_designer
+
 
 if TYPE_CHECKING:
     from .data.engine.records import EngineSample
@@ -188,8 +190,6 @@ def _add_engine_command(name: str, description: str) -> None:
         ] = False,
         dry_run_count: Annotated[int, typer.Option(min=1, help="About how many.")] = 20,
     ) -> None:
-        from .cli import errors_in_one_line
-
         with errors_in_one_line():
             run_engine(name, context.params)
 
@@ -226,23 +226,17 @@ def run_engine(name: str, given: dict[str, Any]) -> None:
         ValueError: If an option makes no sense, or the input is not as it has to be.
         typer.Exit: With code 1 if a budget stopped the run, or the judge failed for some.
     """
-    from .cli import DESIGNER_OPTIONS, load_designer
-
     options = {
         "--model": given["model"],
         "--base-url": given["base_url"],
         "--max-new-tokens": given["max_new_tokens"],
         "--batch-size": given["batch_size"],
         "--concurrency": given["concurrency"],
-        "--device": None if given["device"] == "auto" else given["device"],
-        "--dtype": None if given["dtype"] == "auto" else given["dtype"],
+        "--device": given["device"],
+        "--dtype": given["dtype"],
     }
-    options = {option: value for option, value in options.items() if value is not None}
-    taken = [option for option in DESIGNER_OPTIONS[given["judge"]] if option != "--cache"]  # the ledger is one
-    for option in options:
-        if option not in taken:
-            # Without the value: an address may hold a password.
-            raise ValueError(f"{option}: is nothing for --judge {given['judge']}, which takes {', '.join(taken)}.")
+    # The ledger is a cache.
+    options = choose_options("--judge", given["judge"], options, left_out=("--cache",))
 
     from .data.engine.engine import Budget, DataEngine, Prices
     from .data.engine.filters import AreasAgree, Length, default_filters
@@ -344,8 +338,6 @@ def inspect(
     seed: Annotated[int, typer.Option(min=0, help="Of which samples.")] = 0,
 ) -> None:
     """Draw a contact sheet: pictures, what changed, instructions, assessment and blueprint."""
-    from .cli import check_writable, errors_in_one_line
-
     with errors_in_one_line():
         check_writable(output, "a page or picture, such as sheet.html")
         if input is not None and not dropped:
@@ -391,8 +383,6 @@ def stats(
     ] = None,
 ) -> None:
     """Count lengths, kinds of edits, sizes, and what was dropped why."""
-    from .cli import check_writable, errors_in_one_line
-
     with errors_in_one_line():
         from .data.engine.report import STATISTICS_ENDINGS, check_name, compute_statistics, save_statistics
 
@@ -423,8 +413,6 @@ def push(
     license: Annotated[str, typer.Option(help="By the Hub's names, such as cc-by-4.0.")] = "unknown",
 ) -> None:
     """Publish a set with its card, on the Hub or in a folder."""
-    from .cli import errors_in_one_line
-
     with errors_in_one_line():
         if (repo is None) == (to is None):
             raise ValueError("Give either --repo or --to.")

@@ -1,11 +1,8 @@
-import base64
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import huggingface_hub.constants
 import pytest
+from hub_server import serve_hub
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -155,47 +152,8 @@ def test_unknown_kind_is_refused(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub on this machine, as far as an upload goes: what it was asked to make and what it was sent."""
-    received = {"created": [], "files": {}, "tokens": set()}
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            received["tokens"].add(self.headers["Authorization"])
-            answer = {}
-            if self.path == "/api/repos/create":
-                received["created"].append(json.loads(body))
-                answer = {"url": f"{url}/me/painter", "id": "me/painter"}
-            elif self.path == "/api/models/me/painter/preupload/main":
-                modes = {"uploadMode": "regular", "shouldIgnore": False}
-                answer = {"files": [{"path": file["path"], **modes} for file in json.loads(body)["files"]]}
-            elif self.path == "/api/models/me/painter/commit/main":
-                for line in body.splitlines():
-                    item = json.loads(line)
-                    if item["key"] == "file":
-                        received["files"][item["value"]["path"]] = base64.b64decode(item["value"]["content"])
-                commit = "0" * 40
-                answer = {"commitUrl": f"{url}/me/painter/commit/{commit}", "commitOid": commit}
-            elif self.path != "/api/validate-yaml":
-                self.send_error(404)
-                return
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
-    yield received
-    server.shutdown()
-    server.server_close()
+    with serve_hub(monkeypatch, "models", "me/painter") as received:
+        yield received
 
 
 @pytest.mark.parametrize("private", [False, True])

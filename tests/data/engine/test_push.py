@@ -1,12 +1,9 @@
-import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
-import huggingface_hub.constants
 import pytest
 from built_sets import make_rows, write_set
+from hub_server import serve_hub
 from huggingface_hub import DatasetCard
 from PIL import Image
 
@@ -82,59 +79,8 @@ def test_nothing_is_left_of_a_copy_that_fails(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub on this machine, as far as an upload goes: what it has, was asked to make and was sent."""
-    received = {"created": [], "files": {}, "deleted": [], "tokens": set(), "there": []}
-
-    class Hub(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path.startswith("/api/datasets/me/edits/tree/main"):
-                files = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in received["there"]]
-                self.answer(files)
-            elif self.path.startswith("/api/datasets/me/edits"):
-                self.answer({"id": "me/edits", "siblings": [{"rfilename": name} for name in received["there"]]})
-            else:
-                self.send_error(404)
-
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            received["tokens"].add(self.headers["Authorization"])
-            if self.path == "/api/repos/create":
-                received["created"].append(json.loads(body))
-                self.answer({"url": f"{url}/datasets/me/edits", "id": "me/edits"})
-            elif self.path == "/api/datasets/me/edits/preupload/main":
-                modes = {"uploadMode": "regular", "shouldIgnore": False}
-                self.answer({"files": [{"path": file["path"], **modes} for file in json.loads(body)["files"]]})
-            elif self.path == "/api/datasets/me/edits/commit/main":
-                for item in map(json.loads, body.splitlines()):
-                    if item["key"] == "file":
-                        received["files"][item["value"]["path"]] = base64.b64decode(item["value"]["content"])
-                    elif item["key"] == "deletedFile":
-                        received["deleted"].append(item["value"]["path"])
-                commit = "0" * 40
-                self.answer({"commitUrl": f"{url}/datasets/me/edits/commit/{commit}", "commitOid": commit})
-            elif self.path == "/api/validate-yaml":
-                self.answer({})
-            else:
-                self.send_error(404)
-
-        def answer(self, value):
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(json.dumps(value).encode())
-
-        def log_message(self, *arguments):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_of_the_environment")
-    yield received
-    server.shutdown()
-    server.server_close()
+    with serve_hub(monkeypatch, "datasets", "me/edits") as received:
+        yield received
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -1,0 +1,273 @@
+# Copyright 2026 The diffusers-dim authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What the commands share: errors, files, devices, pipelines and designers.
+
+torch and the models are imported inside the functions that need them, so that `--help` answers at once.
+"""
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from .designers import Designer
+    from .pipelines import DIMPipeline
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turns the errors that bad input raises into a line on stderr and exit code 2, with no traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        # A ValueError of ours may list what is wrong; libraries' OSErrors are broken into lines for no reason.
+        message = str(error) if isinstance(error, ValueError) else " ".join(str(error).split())
+        typer.echo(f"diffusers-dim: error: {message}", err=True)
+        raise typer.Exit(2) from error
+
+
+def check_writable(path: Path, hint: str) -> None:
+    """Raises a `ValueError` if no file could be written there."""
+    if path.is_dir():
+        raise ValueError(f"--output {path}: is a folder; name {hint}.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {folder}.")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"--output {path}: cannot be written.")
+
+
+def save_image(image: "Image.Image", path: Path, settings: dict[str, Any]) -> None:
+    """Saves a picture; a PNG carries what it was made with as JSON in its text chunk "parameters"."""
+    from PIL import Image, PngImagePlugin
+
+    kind, options = Image.registered_extensions()[path.suffix.lower()], {}
+    if kind == "PNG":
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text("parameters", json.dumps(settings, ensure_ascii=False))
+    encoded = io.BytesIO()
+    image.save(encoded, kind, **options)
+    path.write_bytes(encoded.getvalue())
+
+
+def resolve_device(name: str) -> "torch.device":
+    """
+    The device of that name; the accelerator, or without one the CPU, for "auto".
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    import torch
+    from diffusers.utils.torch_utils import get_device
+
+    try:
+        device = torch.device(get_device() if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: is no device; name one such as auto, cpu, cuda or cuda:1.") from error
+    if device.type != "cpu":
+        count = getattr(torch, device.type).device_count() if device.type == get_device() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {name}: this machine has {count or 'none'} of the kind {device.type}.")
+    return device
+
+
+def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":
+    """The dtype of that name; for "auto" bfloat16 on an accelerator that has it, else float32."""
+    import torch
+
+    if name == "auto":
+        has_bfloat16 = device.type == "xpu" or (
+            device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        name = "bfloat16" if has_bfloat16 else "float32"
+    return getattr(torch, name)
+
+
+def show_progress_on_terminals_only() -> None:
+    """Keeps the libraries' progress bars out of log files."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+
+
+class GrowingText:
+    """Prints a text as it grows, on stdout or, with `err`, on stderr. `printed` is what is there of it."""
+
+    def __init__(self, err: bool = False):
+        self.err = err
+        self.printed = ""
+
+    def show(self, text: str) -> None:
+        """Prints what `text` has more than what was printed of it, or all of it where it is another one."""
+        if not text.startswith(self.printed):
+            typer.echo("\n\n", nl=False, err=self.err)
+            self.printed = ""
+        typer.echo(text[len(self.printed) :], nl=False, err=self.err)
+        self.printed = text
+
+
+def load_pipeline(
+    kind: Literal["edit", "t2i"],
+    model: str,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    offload: str = "none",
+    vae_tiling: bool = False,
+) -> "DIMPipeline":
+    """
+    Loads a pipeline for use: on its device or with offloading.
+
+    Raises:
+        ValueError: If `model` is no pipeline of that kind, or cannot be loaded.
+    """
+    from safetensors import SafetensorError
+
+    from . import DIMEditPipeline, DIMPipeline
+    from .loaders.released import REPO_ID
+
+    if offload != "none" and device.type == "cpu":
+        raise ValueError(f"--offload {offload}: needs an accelerator to load to, but the device is the CPU.")
+    pipeline_class = DIMEditPipeline if kind == "edit" else DIMPipeline
+    folder = Path(model).expanduser()
+    if folder.exists():
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise ValueError(f"--model {model}: holds no model_index.json. See `diffusers-dim convert --help`.")
+        try:
+            found = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"--model {model}: its model_index.json names no pipeline class.") from error
+        found = found[-1] if isinstance(found, list) else found
+        if found != pipeline_class.__name__:
+            hint = {
+                "DIMEditPipeline": " `diffusers-dim edit` takes it.",
+                "DIMPipeline": " `diffusers-dim generate` takes it.",
+            }
+            raise ValueError(
+                f"--model {model}: has to be a {pipeline_class.__name__}, but is a {found}.{hint.get(found, '')}"
+            )
+    elif not REPO_ID.fullmatch(model):
+        raise ValueError(f"--model {model}: is neither a folder here nor a Hub repository id (owner/name).")
+    show_progress_on_terminals_only()
+    try:
+        pipe = pipeline_class.from_pretrained(folder if folder.exists() else model, dtype=dtype)
+    except (OSError, SafetensorError) as error:
+        where = "" if folder.exists() else "is no folder here, and as a Hub repository "
+        raise ValueError(f"--model {model}: {where}cannot be loaded ({' '.join(str(error).split())})") from error
+    if vae_tiling:
+        pipe.vae.enable_tiling()
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
+    else:
+        pipe.to(device)
+    pipe.set_progress_bar_config(desc="Denoising", disable=not sys.stderr.isatty())
+    return pipe
+
+
+# The options that each designer takes.
+DESIGNER_OPTIONS = {
+    "self": ("--model", "--batch-size", "--max-new-tokens", "--cache", "--device", "--dtype"),
+    "vlm": ("--model", "--batch-size", "--max-new-tokens", "--cache", "--device", "--dtype"),
+    "openai": ("--model", "--base-url", "--concurrency", "--max-new-tokens", "--cache"),
+    "replay": ("--blueprints",),
+}
+
+
+def choose_options(option: str, kind: str, given: dict[str, Any], left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """
+    What was given of a designer's options on the command line.
+
+    Args:
+        option (`str`): The option that chose the designer, such as "--designer".
+        kind (`str`): The choice, one of `DESIGNER_OPTIONS`.
+        given (`dict`):
+            Values by the options' names; `None`, and "auto" for a device or dtype, where nothing was given.
+        left_out (`tuple[str, ...]`): Options of the designer that the command has none of.
+
+    Raises:
+        ValueError: If one of them is nothing for this designer.
+    """
+    nothing = {"--device": "auto", "--dtype": "auto"}
+    options = {name: value for name, value in given.items() if value not in (None, nothing.get(name))}
+    taken = [name for name in DESIGNER_OPTIONS[kind] if name not in left_out]
+    for name in options:
+        if name not in taken:
+            # Without the value: an address may hold a password.
+            raise ValueError(f"{name}: is nothing for {option} {kind}, which takes {', '.join(taken)}.")
+    return options
+
+
+def load_designer(kind: str, on_failure: str, options: dict[str, Any]) -> "Designer":
+    """
+    The designer of that kind.
+
+    Args:
+        kind (`str`): One of `DESIGNER_OPTIONS`.
+        on_failure (`str`): See [`Designer`].
+        options (`dict`): What was given on the command line by the options' names.
+
+    Raises:
+        ValueError: If it cannot be had, or an option is missing.
+    """
+    from .designers import BlueprintCache
+
+    common: dict[str, Any] = {"on_failure": on_failure}
+    if "--cache" in options:
+        common["cache"] = BlueprintCache(options["--cache"])
+    if "--max-new-tokens" in options:
+        common["max_new_tokens"] = options["--max-new-tokens"]
+    if kind == "replay":
+        from .designers.replay import ReplayDesigner
+
+        return ReplayDesigner(options["--blueprints"], **common)
+    model = options["--model"]
+    if kind == "openai":
+        from .designers.openai import OpenAIDesigner
+
+        try:
+            return OpenAIDesigner(
+                model, base_url=options.get("--base-url"), concurrency=options.get("--concurrency", 8), **common
+            )
+        except ImportError as error:
+            raise ValueError(f"--designer openai: {error}.") from error
+    common["batch_size"] = options.get("--batch-size", 8)
+    device = resolve_device(options.get("--device", "auto"))
+    dtype = resolve_dtype(options.get("--dtype", "auto"), device)
+    if kind == "vlm":
+        from .designers.vlm import VLMDesigner
+
+        show_progress_on_terminals_only()
+        return VLMDesigner(model, dtype=dtype, device=device, **common)
+    from .designers.self_designer import SelfDesigner
+
+    return SelfDesigner(load_pipeline("edit", model, device, dtype), **common)
