@@ -340,13 +340,13 @@ def load_training_data(
             listed = list(read_jsonl(jsonl, columns.values()).values())
             return TrainingDataset(listed[:max_train_samples], Rows(kind, columns, root))
 
-    rows = _load_rows(
+    rows = load_rows(
         jsonl, dataset_name, dataset_config_name, dataset_revision, split, train_data_dir, streaming, cache_dir
     )
     first = next(iter(rows), None)
     if first is None:
         raise ValueError(f"{sources[given[0]]} holds no samples.")
-    reader = Rows(kind, _resolve_columns(kind, list_columns(first), columns), root)
+    reader = Rows(kind, resolve_columns(kind, list_columns(first), columns), root)
     if streaming:
         return StreamingDataset(rows, reader, max_train_samples)
     if max_train_samples is not None:
@@ -354,7 +354,16 @@ def load_training_data(
     return TrainingDataset(rows, reader)
 
 
-def _load_rows(
+def import_datasets() -> Any:
+    """The `datasets` package, which is not always installed."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("This data is read by `datasets`: `pip install 'diffusers-dim[train]'`.") from error
+    return datasets
+
+
+def load_rows(
     jsonl: str | Path | None,
     dataset_name: str | None,
     dataset_config_name: str | None,
@@ -364,12 +373,14 @@ def _load_rows(
     streaming: bool,
     cache_dir: str | Path | None,
 ) -> Any:
-    """A `datasets` table or stream with pictures not decoded."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("This data is read by `datasets`: `pip install 'diffusers-dim[train]'`.") from error
+    """
+    A `datasets` table or stream with pictures not decoded. The arguments are those of [`load_training_data`].
 
+    Raises:
+        ImportError: Without the `datasets` package.
+        ValueError: If there is no such data set, or it cannot be read.
+    """
+    datasets = import_datasets()
     path = Path(jsonl or train_data_dir or dataset_name)
     options: dict[str, Any] = {"split": split, "streaming": streaming, "cache_dir": cache_dir}
     try:
@@ -401,8 +412,13 @@ def _load_rows(
     return rows
 
 
-def _resolve_columns(kind: Kind, there: list[str], given: Mapping[str, str]) -> dict[str, str]:
-    """The column of each of a sample's parts."""
+def resolve_columns(kind: Kind, there: list[str], given: Mapping[str, str]) -> dict[str, str]:
+    """
+    The column of each of a sample's parts: the `given` one, else the first of `COLUMNS` that is `there`.
+
+    Raises:
+        ValueError: If a part has none, with the columns that there are.
+    """
     columns = {}
     for part, names in {**COLUMNS[kind], "id": ("id", "__key__")}.items():
         column = given.get(part) or next((name for name in names if name in there), None)

@@ -208,7 +208,8 @@ def _body(lines: list[str]) -> str:
     return _trim(lines)
 
 
-def _without_pleasantry(part: str) -> str:
+def without_pleasantry(part: str) -> str:
+    """A text without last paragraphs that are an offer or a wish ("Let me know...", "I hope this...")."""
     lines = part.split("\n")
     while len(lines) > 2 and _is_empty(lines[-2]) and _PLEASANTRY.match(lines[-1]):
         lines.pop()
@@ -228,7 +229,7 @@ def _choose(sections: list[tuple[int, str]], text: str) -> tuple[str, ...]:
     for parts in reversed(sets):
         if len(parts) == len(HEADS):
             last = next(reversed(parts))
-            parts[last] = _without_pleasantry(parts[last])
+            parts[last] = without_pleasantry(parts[last])
             return tuple(parts[index] for index in range(len(HEADS)))
 
     found = [[part for index, part in sections if index == place] for place in range(len(HEADS))]

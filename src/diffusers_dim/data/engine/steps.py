@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from ...designers import Blueprint, BlueprintError, Conversation
-from ...designers.blueprint import HEADS, _without_pleasantry, strip_thoughts
+from ...designers.blueprint import HEADS, strip_thoughts, without_pleasantry
 from .records import EngineSample, Step
 
 
@@ -227,7 +227,7 @@ def _sections(text: str, labels: Mapping[str, str], needed: set[str]) -> dict[st
 
 
 def _answer(text: str) -> str:
-    text = _without_pleasantry(strip_thoughts(text))
+    text = without_pleasantry(strip_thoughts(text))
     if not text:
         raise ValueError("there is no answer.")
     if _REFUSAL.match(text):

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from ...files import iterate_jsonl
-from ..records import JSONL_COLUMNS
+from ..records import JSONL_COLUMNS, import_datasets
 from .archives import find_parts, stream_members, unpacked_mark
 from .rows import path_inside
-from .tables import MissingPictures, cache_path, import_datasets, write_table
+from .tables import MissingPictures, cache_path, write_table
 
 
 NAME = "DIM-Edit"

@@ -29,9 +29,9 @@ from typing import Any, BinaryIO, Literal
 from tqdm.auto import tqdm
 
 from ...files import iterate_jsonl, written_aside
-from ..records import FORMATS, PROMPTS
+from ..records import FORMATS, PROMPTS, import_datasets
 from .rows import path_inside
-from .tables import MissingPictures, cache_path, import_datasets, write_table
+from .tables import MissingPictures, cache_path, write_table
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ from typing import Any
 
 from ...files import iterate_jsonl
 from ..engine.records import EngineSample
-from ..records import COLUMNS, Kind, _load_rows, _resolve_columns, list_columns, read_column
+from ..records import COLUMNS, Kind, import_datasets, list_columns, load_rows, read_column, resolve_columns
 from .dim_edit import ARCHIVE, load_dim_edit
 from .mappings import ColumnMapping, find_mapping, first, get_mapping, single
 from .rows import read_file
-from .tables import import_datasets
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -122,9 +121,9 @@ def _open(path: Path, name: str, split: str) -> Any:
                 files = {split: [str(file) for file in found]}
                 return datasets.load_dataset(builder, data_files=files, split=split, streaming=True)
     if path.is_dir() and any(path.glob("metadata.*")):
-        return _load_rows(None, None, None, None, split, str(path), True, None)
+        return load_rows(None, None, None, None, split, str(path), True, None)
     if path.exists() or HUB_NAME.fullmatch(name):
-        return _load_rows(None, name, None, None, split, None, True, None)
+        return load_rows(None, name, None, None, split, None, True, None)
     raise ValueError(f"{name} is no file, no folder and no name of a data set on the Hub.")
 
 
@@ -160,7 +159,7 @@ def _find_columns(row: Mapping[str, Any], mapping: str | Mapping[str, str] | Non
     if kind == "t2i" and "prompt" not in given and not set(COLUMNS[kind]["prompt"]).intersection(there):
         given["prompt"] = "prompt"  # pictures to be captioned need none
         there = [*there, "prompt"]
-    columns = _resolve_columns(kind, there, given)
+    columns = resolve_columns(kind, there, given)
     return ColumnMapping(
         columns.get("source", ""),
         columns["target"],

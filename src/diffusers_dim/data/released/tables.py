@@ -22,20 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from ...files import written_aside
+from ..records import import_datasets
 
 
 logger = logging.getLogger(__name__)
 
 BATCH = 1000  # rows
-
-
-def import_datasets() -> Any:
-    """The `datasets` package, which is not always installed."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("This data is read by `datasets`: `pip install 'diffusers-dim[train]'`.") from error
-    return datasets
 
 
 class MissingPictures:
