@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..records import read_column
+from ..records import import_datasets, read_column
 from .rows import path_inside
-from .tables import import_datasets
 
 
 @dataclass(frozen=True)
