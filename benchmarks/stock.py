@@ -13,7 +13,7 @@ from diffusers import SanaTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
 
 from diffusers_dim import DIMEditPipeline, DIMPipeline
-from diffusers_dim.pipelines.pipeline_dim import pad_tokens
+from diffusers_dim.pipelines.denoiser_dim import pad_tokens
 
 
 class PlainDenoising:

@@ -14,6 +14,10 @@ _MODULE_OF = {
     "DIMPipeline": "pipelines.pipeline_dim",
     "DIMEditPipeline": "pipelines.pipeline_dim_edit",
     "DIMPipelineOutput": "pipelines.pipeline_output",
+    "DIMBlocks": "modular_pipelines",
+    "DIMEditBlocks": "modular_pipelines",
+    "DIMEditModularPipeline": "modular_pipelines",
+    "DIMModularPipeline": "modular_pipelines",
     "Blueprint": "designers",
     "BlueprintCache": "designers",
     "DesignError": "designers",
@@ -44,6 +48,10 @@ if TYPE_CHECKING:
     from .models import DIMConnector as DIMConnector
     from .models import DIMProcessor as DIMProcessor
     from .models import DIMTransformer2DModel as DIMTransformer2DModel
+    from .modular_pipelines import DIMBlocks as DIMBlocks
+    from .modular_pipelines import DIMEditBlocks as DIMEditBlocks
+    from .modular_pipelines import DIMEditModularPipeline as DIMEditModularPipeline
+    from .modular_pipelines import DIMModularPipeline as DIMModularPipeline
     from .pipelines import DIMEditPipeline as DIMEditPipeline
     from .pipelines import DIMPipeline as DIMPipeline
     from .pipelines import DIMPipelineOutput as DIMPipelineOutput

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The command line: `diffusers-dim edit`, `generate`, `convert`, `design` and `demo`.
+The command line: `diffusers-dim edit`, `generate`, `convert`, `design` and `demo`, with those of the other `*_cli.py`.
 
 torch and the models are imported inside the functions that need them, so that `--help` answers at once.
 """
@@ -39,6 +39,7 @@ from .cli_common import (
 from .data_cli import data_app
 from .devices import resolve_device, resolve_dtype
 from .eval_cli import eval_app
+from .hub_cli import card, code, push
 
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
+for _command in (push, card, code):
+    app.command()(_command)
 
 # Options that `edit` and `generate` share
 PromptOption = Annotated[str, typer.Option(help="What to do, or to paint, in words.")]

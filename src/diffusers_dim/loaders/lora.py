@@ -13,6 +13,7 @@
 # limitations under the License.
 """LoRA of the painter and of the connector, in one file of diffusers' format."""
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,13 +22,12 @@ from typing import Any
 
 import torch
 from diffusers.loaders import SanaLoraLoaderMixin
-from diffusers.utils import logging
 from torch import nn
 
 from ..models import DIMConnector
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class DIMLoraLoaderMixin(SanaLoraLoaderMixin):

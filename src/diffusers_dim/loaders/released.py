@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from ..hub.code import save_code
 from ..models import DIMConnector, DIMProcessor, DIMTransformer2DModel
 
 
@@ -368,6 +369,7 @@ def convert_released_checkpoint(
                 "scheduler": ["diffusers", type(scheduler).__name__],
             },
         )
+        save_code(aside)
         with tqdm(total=num_parameters * torch_dtype.itemsize, unit="B", unit_scale=True, desc="Converting") as bar:
             for folder, planned in sources.items():
                 for filename, names in shards[folder].filename_to_tensors.items():

@@ -28,30 +28,23 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
 from ..designers import Designer, SelfDesigner
+from ..hub.mixin import DIMHubMixin
 from ..image_processor import MAX_ASPECT_RATIO, DIMImageProcessor
 from ..loaders.lora import DIMLoraLoaderMixin
 from ..models import DIMConnector, DIMProcessor, DIMTransformer2DModel
 from ..models.prefix_dim import DIMPrefix
-from ..models.transformer_dim import DIMDenoisingCache, is_compiled, tensor_version
+from .denoiser_dim import DIMDenoiser, pad_tokens
 from .pipeline_output import DIMPipelineOutput
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def pad_tokens(tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """Pads embeddings `(batch, tokens, ...)` or a mask `(batch, tokens)` with zeros to `length` tokens."""
-    padding = length - tokens.shape[1]
-    if padding == 0:
-        return tokens
-    return torch.cat([tokens, tokens.new_zeros(tokens.shape[0], padding, *tokens.shape[2:])], dim=1)
-
-
 class _Interrupted(Exception):
     """Ends a design when the pipeline's call is interrupted."""
 
 
-class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
+class DIMPipeline(DIMHubMixin, DiffusionPipeline, DIMLoraLoaderMixin):
     r"""
     Text-to-image with Draw-In-Mind (https://huggingface.co/papers/2509.01986): a frozen vision-language model reads
     the prompt, a connector turns its hidden states into condition tokens, and SANA paints.
@@ -221,63 +214,22 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         those of `__call__`.
         """
         # 1. The checkpoint
-        channels, expected = self.transformer.config.in_channels, self._latent_inputs * self.latent_channels
-        if channels != expected:
-            kind = {1: "text-to-image", 2: "edit"}.get(channels // self.latent_channels, "unknown")
-            raise ValueError(
-                f"{type(self).__name__} needs a transformer with {expected} input channels ({self._latent_inputs} x"
-                f" {self.latent_channels} latent channels), but this one has {channels}: it is of the {kind} kind. Use"
-                " DIMEditPipeline for an edit checkpoint and DIMPipeline for a text-to-image one."
-            )
+        self.check_checkpoint()
 
         # 2. Size and numbers
-        if (height is None) != (width is None):
-            raise ValueError(f"Give both `height` and `width` or neither, not {height=} and {width=}.")
-        factor = self.vae_scale_factor
-        if height is not None and (height <= 0 or width <= 0 or height % factor or width % factor):
-            raise ValueError(
-                f"`height` and `width` have to be positive multiples of {factor}, but are {height} and {width}."
-            )
-        if height is not None and max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise ValueError(
-                f"A size of {height}x{width} pixels (height x width) is beyond the aspect ratio of"
-                f" {MAX_ASPECT_RATIO}:1 that is allowed."
-            )
-        if timesteps is None and sigmas is None and num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}.")
-        for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
-            if values is not None and len(values) == 0:
-                raise ValueError(f"`{name}` has to hold at least one value, but is {values}.")
-        if timesteps is not None and self.scheduler.config.get("use_flow_sigmas"):
-            raise ValueError(
-                f"`timesteps` cannot be given to a {type(self.scheduler).__name__} with `use_flow_sigmas=True`, which"
-                " makes its own: give `num_inference_steps`."
-            )
+        self.check_size(height, width)
+        self.check_steps(num_inference_steps, timesteps, sigmas)
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` has to be at least 1, but is {num_images_per_prompt}.")
-        step_cache = getattr(self.transformer, "_cache_config", None)
         steps = len(timesteps or sigmas or range(num_inference_steps))
-        name = type(step_cache).__name__
-        if isinstance(step_cache, FasterCacheConfig) and guidance_scale <= 1.0:
-            raise ValueError(
-                f"{name} is on, which compares the branches of guidance: `guidance_scale` has to be above 1.0, but is"
-                f" {guidance_scale}."
-            )
-        if isinstance(step_cache, MagCacheConfig) and step_cache.num_inference_steps != steps:
-            raise ValueError(f"{name} is on for {step_cache.num_inference_steps} steps, but this call has {steps}.")
-        if isinstance(step_cache, (FasterCacheConfig, MagCacheConfig)) and tuple(guidance_interval) != (0.0, 1.0):
-            raise ValueError(
-                f"{name} is on, which goes by the step before: `guidance_interval` has to be (0.0, 1.0), but is"
-                f" {guidance_interval}."
-            )
+        self.check_step_cache(steps, guidance_scale, guidance_interval)
         start, stop = guidance_interval
         if not 0.0 <= start <= stop <= 1.0:
             raise ValueError(
                 f"`guidance_interval` has to be two fractions of the steps, 0 <= start <= stop <= 1, but is"
                 f" {guidance_interval}."
             )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` has to be one of {list(OUTPUT_TYPES)}, but is {output_type!r}.")
+        self.check_output_type(output_type)
         unknown = [
             name for name in callback_on_step_end_tensor_inputs or [] if name not in self._callback_tensor_inputs
         ]
@@ -291,15 +243,7 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         if (prompt is None) == (prompt_embeds is None):
             given = "neither" if prompt is None else "both"
             raise ValueError(f"Give either `prompt` or `prompt_embeds`, not {given}.")
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if text is not None and not (
-                isinstance(text, str) or (isinstance(text, list) and all(isinstance(item, str) for item in text))
-            ):
-                raise ValueError(f"`{name}` has to be a str or a list of str, but is {text!r}.")
-        if prompt is not None:
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            if not prompts or not all(item.strip() for item in prompts):
-                raise ValueError(f"`prompt` has to hold at least one non-empty text, but is {prompt!r}.")
+        self.check_texts(prompt, negative_prompt)
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("Give either `negative_prompt` or `negative_prompt_embeds`, not both.")
         needs_text = prompt is not None or negative_prompt is not None
@@ -312,29 +256,9 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
                 "Guidance needs the connector's null condition, but this pipeline's connector is None: give"
                 " `negative_prompt_embeds`, or turn guidance off by `guidance_scale=1.0`."
             )
-        for name, embeds, mask in (
-            ("prompt", prompt_embeds, prompt_attention_mask),
-            ("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask),
-        ):
-            if embeds is None:
-                if mask is not None:
-                    raise ValueError(f"`{name}_attention_mask` goes with `{name}_embeds`, which are not given.")
-                continue
-            caption_channels = self.transformer.config.caption_channels
-            if embeds.ndim != 3 or embeds.shape[1] == 0 or embeds.shape[2] != caption_channels:
-                raise ValueError(
-                    f"`{name}_embeds` have to be connector outputs of shape (batch, tokens, {caption_channels}), but"
-                    f" are of shape {tuple(embeds.shape)}."
-                )
-            if mask is not None and mask.shape != embeds.shape[:2]:
-                raise ValueError(
-                    f"`{name}_attention_mask` has to be of shape {tuple(embeds.shape[:2])} like `{name}_embeds`, but"
-                    f" is of shape {tuple(mask.shape)}."
-                )
-            if mask is not None and not mask.bool().any(dim=1).all():
-                raise ValueError(f"`{name}_attention_mask` has to keep at least one token in each row.")
-        if max_sequence_length < 1:
-            raise ValueError(f"`max_sequence_length` has to be at least 1, but is {max_sequence_length}.")
+        self.check_embeds(prompt_embeds, prompt_attention_mask, "prompt")
+        self.check_embeds(negative_prompt_embeds, negative_prompt_attention_mask, "negative_prompt")
+        self.check_sequence_length(max_sequence_length)
         null_is_used = guided and negative_prompt_embeds is None
         if null_is_used and prompt_embeds is not None and prompt_embeds.shape[1] > self._null_length:
             raise ValueError(
@@ -350,6 +274,120 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
             raise ValueError(
                 f"Got {negative_prompt_embeds.shape[0]} `negative_prompt_embeds` for {batch_size} prompts."
             )
+        self.check_generator(generator, batch_size, num_images_per_prompt)
+
+    def check_checkpoint(self) -> None:
+        """Raises a `ValueError` if the transformer is one for another kind of pipeline."""
+        channels, expected = self.transformer.config.in_channels, self._latent_inputs * self.latent_channels
+        if channels != expected:
+            kind = {1: "text-to-image", 2: "edit"}.get(channels // self.latent_channels, "unknown")
+            raise ValueError(
+                f"{type(self).__name__} needs a transformer with {expected} input channels ({self._latent_inputs} x"
+                f" {self.latent_channels} latent channels), but this one has {channels}: it is of the {kind} kind. Use"
+                " DIMEditPipeline for an edit checkpoint and DIMPipeline for a text-to-image one."
+            )
+
+    def check_size(self, height: int | None, width: int | None) -> None:
+        """Raises a `ValueError` if that is no size in pixels that can be painted at; both `None` are fine."""
+        if (height is None) != (width is None):
+            raise ValueError(f"Give both `height` and `width` or neither, not {height=} and {width=}.")
+        factor = self.vae_scale_factor
+        if height is not None and (height <= 0 or width <= 0 or height % factor or width % factor):
+            raise ValueError(
+                f"`height` and `width` have to be positive multiples of {factor}, but are {height} and {width}."
+            )
+        if height is not None and max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise ValueError(
+                f"A size of {height}x{width} pixels (height x width) is beyond the aspect ratio of"
+                f" {MAX_ASPECT_RATIO}:1 that is allowed."
+            )
+
+    def check_steps(
+        self, num_inference_steps: int, timesteps: list[int] | None = None, sigmas: list[float] | None = None
+    ) -> None:
+        """Raises a `ValueError` if the scheduler cannot make steps of these."""
+        if timesteps is None and sigmas is None and num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` has to be at least 1, but is {num_inference_steps}.")
+        for name, values in (("timesteps", timesteps), ("sigmas", sigmas)):
+            if values is not None and len(values) == 0:
+                raise ValueError(f"`{name}` has to hold at least one value, but is {values}.")
+        if timesteps is not None and self.scheduler.config.get("use_flow_sigmas"):
+            raise ValueError(
+                f"`timesteps` cannot be given to a {type(self.scheduler).__name__} with `use_flow_sigmas=True`, which"
+                " makes its own: give `num_inference_steps`."
+            )
+
+    def check_step_cache(
+        self, num_inference_steps: int, guidance_scale: float, guidance_interval: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        """Raises a `ValueError` if the transformer's step cache, should one be on, is not for such a call."""
+        step_cache = getattr(self.transformer, "_cache_config", None)
+        name = type(step_cache).__name__
+        if isinstance(step_cache, FasterCacheConfig) and guidance_scale <= 1.0:
+            raise ValueError(
+                f"{name} is on, which compares the branches of guidance: `guidance_scale` has to be above 1.0, but is"
+                f" {guidance_scale}."
+            )
+        if isinstance(step_cache, MagCacheConfig) and step_cache.num_inference_steps != num_inference_steps:
+            raise ValueError(
+                f"{name} is on for {step_cache.num_inference_steps} steps, but this call has {num_inference_steps}."
+            )
+        if isinstance(step_cache, (FasterCacheConfig, MagCacheConfig)) and tuple(guidance_interval) != (0.0, 1.0):
+            raise ValueError(
+                f"{name} is on, which goes by the step before: `guidance_interval` has to be (0.0, 1.0), but is"
+                f" {guidance_interval}."
+            )
+
+    @staticmethod
+    def check_output_type(output_type: str) -> None:
+        """Raises a `ValueError` if it is not one of `OUTPUT_TYPES`."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` has to be one of {list(OUTPUT_TYPES)}, but is {output_type!r}.")
+
+    @staticmethod
+    def check_texts(prompt: str | list[str] | None, negative_prompt: str | list[str] | None = None) -> None:
+        """Raises a `ValueError` if these are no texts to paint from and to guide away from."""
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text is not None and not (
+                isinstance(text, str) or (isinstance(text, list) and all(isinstance(item, str) for item in text))
+            ):
+                raise ValueError(f"`{name}` has to be a str or a list of str, but is {text!r}.")
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            if not prompts or not all(item.strip() for item in prompts):
+                raise ValueError(f"`prompt` has to hold at least one non-empty text, but is {prompt!r}.")
+
+    def check_embeds(self, embeds: torch.Tensor | None, mask: torch.Tensor | None, name: str) -> None:
+        """Raises a `ValueError` if the `embeds` and `mask` of that name are no connector outputs."""
+        if embeds is None:
+            if mask is not None:
+                raise ValueError(f"`{name}_attention_mask` goes with `{name}_embeds`, which are not given.")
+            return
+        caption_channels = self.transformer.config.caption_channels
+        if embeds.ndim != 3 or embeds.shape[1] == 0 or embeds.shape[2] != caption_channels:
+            raise ValueError(
+                f"`{name}_embeds` have to be connector outputs of shape (batch, tokens, {caption_channels}), but"
+                f" are of shape {tuple(embeds.shape)}."
+            )
+        if mask is not None and mask.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"`{name}_attention_mask` has to be of shape {tuple(embeds.shape[:2])} like `{name}_embeds`, but"
+                f" is of shape {tuple(mask.shape)}."
+            )
+        if mask is not None and not mask.bool().any(dim=1).all():
+            raise ValueError(f"`{name}_attention_mask` has to keep at least one token in each row.")
+
+    @staticmethod
+    def check_sequence_length(max_sequence_length: int) -> None:
+        """Raises a `ValueError` if it is not positive."""
+        if max_sequence_length < 1:
+            raise ValueError(f"`max_sequence_length` has to be at least 1, but is {max_sequence_length}.")
+
+    @staticmethod
+    def check_generator(
+        generator: torch.Generator | list[torch.Generator] | None, batch_size: int, num_images_per_prompt: int
+    ) -> None:
+        """Raises a `ValueError` if there are several generators, but not one a picture."""
         total = batch_size * num_images_per_prompt
         if isinstance(generator, list) and len(generator) != total:
             raise ValueError(
@@ -625,6 +663,13 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         image_latents = self.vae.encode(pixels, return_dict=False)[0].float() * self.vae.config.scaling_factor
         return image_latents.repeat_interleave(num_images_per_prompt, dim=0)
 
+    def prepare_step_kwargs(
+        self, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> dict[str, torch.Generator | list[torch.Generator] | None]:
+        """What the scheduler's `step` takes besides: the generator, where it adds noise."""
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if takes_generator else {}
+
     def denoise(
         self,
         latents: torch.Tensor,
@@ -665,21 +710,11 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
         Returns:
             `torch.Tensor`: Denoised latents, float32.
         """
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {"generator": generator} if takes_generator else {}
+        step_kwargs = self.prepare_step_kwargs(generator)
         self._num_timesteps = len(timesteps)
         first_guided, last_guided = (int(bound * len(timesteps)) for bound in guidance_interval)
-        model_timesteps = timesteps * self.transformer.config.timestep_scale
-        # Rows of a product of another size round otherwise on a CPU, where embedding all at once gains nothing.
-        embeds_at_once = timesteps.device.type != "cpu"
-        compiled = is_compiled(self.transformer)
-        # The first block treats both branches of guidance alike up to its cross-attention. diffusers' step caches need
-        # the batch as it comes out, and compiled blocks would be compiled for the first one apart.
-        repeats_input = compiled or self.transformer.is_cache_enabled
-        was_guided = None
-        branches: dict[bool, tuple] = {}  # what the transformer is given, with and without guidance
-        state: tuple = None
-        held: tuple = None
+        # A callback may change the embeddings, the weights or a LoRA's scale.
+        denoiser = DIMDenoiser(self.transformer, timesteps, watch=callback_on_step_end is not None)
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
@@ -687,49 +722,13 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
                     continue
                 self._current_timestep = t
                 guided = self.do_classifier_free_guidance and first_guided <= i < last_guided
-                if guided is not was_guided:
-                    # A step cache holds rows of both branches or of one, and perhaps those of a call that broke off.
-                    self.transformer._reset_stateful_cache()
-                    was_guided = guided
-
-                # A callback may have changed the embeddings, the weights or a LoRA's scale.
-                if callback_on_step_end is not None:
-                    last_state, state = state, self._condition_state(prompt_embeds, negative_prompt_embeds)
-                    held = (prompt_embeds, negative_prompt_embeds)  # noqa: F841, keeps their ids from other tensors
-                    if state != last_state:
-                        branches.clear()
-                if guided not in branches:
-                    branches[guided] = self._prepare_branch(
-                        latents.shape[0],
-                        model_timesteps if embeds_at_once else None,
-                        prompt_embeds,
-                        prompt_attention_mask,
-                        negative_prompt_embeds if guided else None,
-                        negative_prompt_attention_mask if guided else None,
-                        branches.get(True),
-                    )
-                encoder_hidden_states, encoder_attention_mask, denoising_cache = branches[guided]
-                fills_cache = denoising_cache is not None and not denoising_cache.is_filled
+                conditions = [(prompt_embeds, prompt_attention_mask)]
+                if guided:
+                    conditions.insert(0, (negative_prompt_embeds, negative_prompt_attention_mask))
 
                 model_input = latents if image_latents is None else torch.cat([latents, image_latents], dim=1)
-                if guided and repeats_input:
-                    model_input = torch.cat([model_input] * 2)
-                timestep = model_timesteps[i : i + 1]
-                if denoising_cache is None or not embeds_at_once:
-                    timestep = timestep.expand(latents.shape[0] * (2 if guided else 1))
-                with self.transformer.cache_context("cond_uncond" if guided else "cond"):
-                    noise_pred = self.transformer(
-                        model_input.to(self.transformer.dtype),
-                        encoder_hidden_states=encoder_hidden_states,
-                        timestep=timestep,
-                        encoder_attention_mask=encoder_attention_mask,
-                        attention_kwargs=self.attention_kwargs,
-                        return_dict=False,
-                        denoising_cache=denoising_cache,
-                        guidance_branches=2 if guided and not repeats_input else 1,
-                    )[0].float()
-                if fills_cache and compiled:
-                    denoising_cache.clone_tensors()
+                denoiser.start_step(len(conditions))
+                noise_pred = denoiser(i, model_input, conditions, self.attention_kwargs)
                 if guided:
                     noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
                     noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
@@ -754,54 +753,6 @@ class DIMPipeline(DiffusionPipeline, DIMLoraLoaderMixin):
 
         self._current_timestep = None
         return latents
-
-    def _prepare_branch(
-        self,
-        batch_size: int,
-        timesteps: torch.Tensor | None,
-        prompt_embeds: torch.Tensor,
-        prompt_attention_mask: torch.Tensor,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_attention_mask: torch.Tensor | None = None,
-        guided_branch: tuple | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, DIMDenoisingCache | None]:
-        """
-        Condition, mask and cache for `batch_size` pictures: with negative embeddings those of guidance, else those of
-        the prompts alone, which are a half of `guided_branch` if that is there.
-        """
-        encoder_hidden_states, encoder_attention_mask = prompt_embeds, prompt_attention_mask
-        cache = None if self.transformer.splits_guidance else DIMDenoisingCache(timesteps)
-        if negative_prompt_embeds is not None:
-            # As many rows and tokens on both sides: a callback may have put in others.
-            rows = max(prompt_embeds.shape[0], negative_prompt_embeds.shape[0])
-            length = max(prompt_embeds.shape[1], negative_prompt_embeds.shape[1])
-            encoder_hidden_states, encoder_attention_mask = (
-                torch.cat([pad_tokens(half.repeat_interleave(rows // len(half), dim=0), length) for half in halves])
-                for halves in (
-                    (negative_prompt_embeds, prompt_embeds),
-                    (negative_prompt_attention_mask, prompt_attention_mask),
-                )
-            )
-        elif guided_branch is not None and guided_branch[2] is not None:
-            encoder_hidden_states, encoder_attention_mask, cache = guided_branch
-            cache = cache.second_half()
-            encoder_hidden_states = encoder_hidden_states.chunk(2)[1]
-            encoder_attention_mask = None if encoder_attention_mask is None else encoder_attention_mask.chunk(2)[1]
-
-        encoder_hidden_states = encoder_hidden_states.to(self.transformer.dtype)
-        if cache is None:
-            repeats = batch_size // prompt_embeds.shape[0]
-            encoder_hidden_states = encoder_hidden_states.repeat_interleave(repeats, dim=0)
-            encoder_attention_mask = encoder_attention_mask.repeat_interleave(repeats, dim=0)
-        elif encoder_attention_mask is not None and encoder_attention_mask.all():
-            # Most fused attention takes no mask, and none is needed where nothing is padded.
-            encoder_attention_mask = None
-        return encoder_hidden_states, encoder_attention_mask, cache
-
-    def _condition_state(self, *embeds: torch.Tensor | None) -> tuple:
-        """What is compared from step to step to see whether a callback has changed what the caches hold."""
-        versions = [(id(item), tensor_version(item)) for item in embeds if item is not None]
-        return versions, self.transformer.condition_state(self.attention_kwargs)
 
     def decode_latents(
         self, latents: torch.Tensor, output_type: str = "pil"

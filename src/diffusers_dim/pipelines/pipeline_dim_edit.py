@@ -29,6 +29,19 @@ from .pipeline_output import DIMPipelineOutput
 MAX_VIEW_DISTORTION = 1.1
 
 
+def repeat_blueprint(blueprint: str | list[str | None] | None, batch_size: int) -> list[str | None]:
+    """
+    One blueprint, or `None`, for each of a batch: a single one serves all.
+
+    Raises:
+        ValueError: If there are several, but not as many.
+    """
+    blueprints = list(blueprint) if isinstance(blueprint, list) else [blueprint] * batch_size
+    if len(blueprints) != batch_size:
+        raise ValueError(f"Got {len(blueprints)} blueprints for {batch_size} images.")
+    return blueprints
+
+
 class DIMEditPipeline(DIMPipeline):
     r"""
     Instruction image editing with Draw-In-Mind (https://huggingface.co/papers/2509.01986): a frozen vision-language
@@ -73,6 +86,51 @@ class DIMEditPipeline(DIMPipeline):
         ratios = [item.width * height / (item.height * width) for item in image]
         return all(1 / MAX_VIEW_DISTORTION <= ratio <= MAX_VIEW_DISTORTION for ratio in ratios)
 
+    def read_inputs(
+        self, image: ImageInput, prompt: str | list[str] | None, blueprint: str | list[str | None] | None = None
+    ) -> tuple[list[Image.Image], list[str] | None]:
+        """
+        Reads what a call was given: RGB pictures, and a list of prompts, which blueprints stand for where there are no
+        prompts; `None` without either.
+
+        Raises:
+            ValueError: If `image` holds no pictures, or `blueprint` no texts.
+        """
+        designs = blueprint if isinstance(blueprint, list) else [blueprint]
+        if not designs or not all(
+            design is None or (isinstance(design, str) and design.strip()) for design in designs
+        ):
+            raise ValueError(f"`blueprint` has to hold at least one non-empty text, but is {blueprint!r}.")
+        images = self.image_processor.to_rgb(image)
+        if prompt is None and None not in designs:
+            prompt = blueprint
+        return images, [prompt] * len(images) if isinstance(prompt, str) else prompt
+
+    @staticmethod
+    def repeat_images(image: list[Image.Image], batch_size: int) -> list[Image.Image]:
+        """
+        One picture a prompt: a single one serves all.
+
+        Raises:
+            ValueError: If there are several, but not as many as prompts.
+        """
+        if len(image) == 1:
+            return image * batch_size
+        if len(image) != batch_size:
+            raise ValueError(f"Got {len(image)} images for {batch_size} prompts: give one for all or one a prompt.")
+        return image
+
+    def encode_shared_prefix(
+        self, image: list[Image.Image], height: int, width: int, device: torch.device | None = None
+    ) -> DIMPrefix | None:
+        """
+        [`~DIMPipeline.encode_prefix`] where design and encoding can both go by it, so that the pictures are seen once:
+        if the pipeline's own model designs, and sees the same view. Else `None`.
+        """
+        if not isinstance(self.designer, SelfDesigner) or not self.views_agree(image, height, width):
+            return None
+        return self.encode_prefix(image, height, width, device)
+
     def design(
         self,
         image: list[Image.Image],
@@ -99,9 +157,7 @@ class DIMEditPipeline(DIMPipeline):
             ValueError: If there are not as many blueprints as images.
             DesignError: If the designer gives no blueprint.
         """
-        blueprints = list(blueprint) if isinstance(blueprint, list) else [blueprint] * len(image)
-        if len(blueprints) != len(image):
-            raise ValueError(f"Got {len(blueprints)} blueprints for {len(image)} images.")
+        blueprints = repeat_blueprint(blueprint, len(image))
         if self.designer is None:
             return blueprints
         for row, text in enumerate(prompt):
@@ -248,16 +304,7 @@ class DIMEditPipeline(DIMPipeline):
             raise ValueError("`image` is what to edit and cannot be None: use DIMPipeline to paint from text alone.")
         if blueprint is not None and prompt_embeds is not None:
             raise ValueError("Give either `blueprint` or `prompt_embeds`, not both.")
-        designs = blueprint if isinstance(blueprint, list) else [blueprint]
-        if not designs or not all(
-            design is None or (isinstance(design, str) and design.strip()) for design in designs
-        ):
-            raise ValueError(f"`blueprint` has to hold at least one non-empty text, but is {blueprint!r}.")
-        images = self.image_processor.to_rgb(image)
-        if prompt is None and prompt_embeds is None and None not in designs:
-            prompt = blueprint
-        if isinstance(prompt, str):
-            prompt = [prompt] * len(images)
+        images, prompt = self.read_inputs(image, prompt, blueprint)
         self.check_inputs(
             prompt,
             height,
@@ -279,10 +326,7 @@ class DIMEditPipeline(DIMPipeline):
             guidance_interval=guidance_interval,
         )
         batch_size = self._get_batch_size(prompt, prompt_embeds)
-        if len(images) == 1:
-            images = images * batch_size
-        if len(images) != batch_size:
-            raise ValueError(f"Got {len(images)} images for {batch_size} prompts: give one for all or one a prompt.")
+        images = self.repeat_images(images, batch_size)
         if height is None:
             height, width = self.get_height_width(images, use_resolution_binning)
         self.check_latents(latents, batch_size * num_images_per_prompt, height, width)
@@ -299,13 +343,8 @@ class DIMEditPipeline(DIMPipeline):
         blueprints: list[str | None] = [None] * batch_size
         prefix = None
         if prompt is not None:
-            if (
-                blueprint is None
-                and isinstance(self.designer, SelfDesigner)
-                and self.views_agree(images, height, width)
-            ):
-                # The picture is seen once, for design and encoding both.
-                prefix = self.encode_prefix(images, height, width, device)
+            if blueprint is None:
+                prefix = self.encode_shared_prefix(images, height, width, device)
             blueprints = self.design(images, prompt, blueprint, callback_on_design, prefix, height, width)
             prompt = [text if design is None else str(design) for text, design in zip(prompt, blueprints)]
 

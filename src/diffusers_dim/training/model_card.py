@@ -19,10 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.utils.hub_utils import populate_model_card
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCardData
 
 from ..files import UNFINISHED
+from ..hub.card import PIPELINE_TAGS, describe_use, get_tags, render_card
+from ..hub.facts import DIM_LICENCE, DIM_PARTS, INGREDIENTS
+from ..hub.upload import forget_paths
 from .monitor import read_losses
 
 
@@ -32,36 +34,6 @@ TITLES = {
     "edit": "An image editor trained by diffusers-dim",
     "t2i": "A text-to-image model trained by diffusers-dim",
     "lora": "A LoRA for an image editor, trained by diffusers-dim",
-}
-
-TAGS = {
-    "edit": ["image-to-image", "image-editing"],
-    "t2i": ["text-to-image"],
-    "lora": ["image-to-image", "image-editing", "lora"],
-}
-
-USE = {
-    "edit": """import torch
-from diffusers.utils import load_image
-
-from diffusers_dim import DIMEditPipeline
-
-pipe = DIMEditPipeline.from_pretrained("{model}", dtype=torch.bfloat16).to("cuda")
-edited = pipe(load_image("cat.jpg"), "Put a red scarf around the cat's neck.").images[0]""",
-    "t2i": """import torch
-
-from diffusers_dim import DIMPipeline
-
-pipe = DIMPipeline.from_pretrained("{model}", dtype=torch.bfloat16).to("cuda")
-picture = pipe("A bowl of fruit on a table near a window.").images[0]""",
-    "lora": """import torch
-from diffusers.utils import load_image
-
-from diffusers_dim import DIMEditPipeline
-
-pipe = DIMEditPipeline.from_pretrained("{base_model}", dtype=torch.bfloat16).to("cuda")
-pipe.load_lora_weights("{model}")
-edited = pipe(load_image("cat.jpg"), "Put a red scarf around the cat's neck.").images[0]""",
 }
 
 # What is told of the options, by name; those that a run does not have are left out.
@@ -102,11 +74,22 @@ SETTINGS = {
     "seed": "seed",
 }
 
+SUMMARY = "[Draw-In-Mind](https://huggingface.co/papers/2509.01986) as diffusers-dim trains it, from {base_model}."
+
 LICENCES = """The code that trained this model is under Apache-2.0. Its weights are under the licences of all that they
-were trained from. Of the models that DIM is made of, Qwen2.5-VL-3B has a
-[research licence](https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE), SANA and its VAE have
-[NVIDIA's](https://huggingface.co/Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers), and a released Draw-In-Mind
-checkpoint has its authors'. The terms of the training data come on top."""
+were trained from, and the terms of the training data come on top. Of the models that DIM is made of:
+
+{ingredients}
+- a released Draw-In-Mind checkpoint: {dim}."""
+
+LIMITS = """What it can do is what its base model could and what its data taught: it was measured as far as the results
+above say, and no further. What they do not name is unmeasured."""
+
+BIAS = """Its base model's biases and those of its training data are in it. They were not measured, and no filter is
+part of the pipeline."""
+
+SPEED = """What training cost is among the results above, where it was written down. What a picture costs was not
+measured in this run."""
 
 # Of a run's folder: what only a resumed run needs, what trackers wrote, what is not finished, and what holds paths of
 # the machine that it ran on.
@@ -183,33 +166,39 @@ def save_model_card(
     }
     versions = {name: _version(name) for name in PACKAGES}
     pictures = {
-        caption: f"![{caption}]({_inside(Path(path), output_dir)})"
+        caption: _inside(Path(path), output_dir)
         for caption, path in (("validation", sheet), ("curves", curve))
         if path is not None
     }
-    sections = [
-        f"# {TITLES[kind]}",
-        f"[Draw-In-Mind](https://huggingface.co/papers/2509.01986) as diffusers-dim trains it, from {base_model}.",
-        pictures.get("validation", ""),
-        f"## How to use\n\n```python\n{USE[kind].format(model=model, base_model=base_model)}\n```",
-        f"## Training\n\n{_table(settings)}",
-        f"## Results\n\n{_table(results)}" if results else "",
-        pictures.get("curves", ""),
-        f"## Versions\n\n{_table(versions)}",
-        f"## Licences\n\n{LICENCES}",
-    ]
-    data = ModelCardData(
-        license="other",
-        license_name="of-the-base-models",
-        library_name="diffusers",
-        pipeline_tag=TAGS[kind][0],
-        base_model=[name for name in base_models if not _is_local(name)] or None,
-        datasets=[name for name in [args.get("dataset_name")] if name is not None and not _is_local(name)] or None,
+    use, remote_use = describe_use(kind, model, base_model)
+    tags = [*get_tags(kind), "diffusers", "diffusers-training", "diffusers-dim", "draw-in-mind", "sana"]
+    ingredients = "\n".join(f"- {INGREDIENTS[key].what}: {INGREDIENTS[key].licence}." for key in DIM_PARTS)
+    card = render_card(
+        data=ModelCardData(
+            license="other",
+            license_name="of-the-base-models",
+            library_name="diffusers",
+            pipeline_tag=PIPELINE_TAGS[kind],
+            base_model=[name for name in base_models if not _is_local(name)] or None,
+            datasets=[name for name in [args.get("dataset_name")] if name is not None and not _is_local(name)] or None,
+            tags=tags,
+        ),
+        title=TITLES[kind],
+        summary=SUMMARY.format(base_model=base_model),
+        use=use,
+        remote_use=remote_use,
+        training=_table(settings),
+        results_title="Results",
+        results=_table(results) if results else "",
+        speed=SPEED,
+        versions=_table(versions),
+        pictures={caption: place for caption, place in pictures.items() if caption == "validation"},
+        curves={caption: place for caption, place in pictures.items() if caption == "curves"},
+        limits=LIMITS,
+        bias=BIAS,
+        licences=LICENCES.format(ingredients=ingredients, dim=DIM_LICENCE),
     )
-    body = "\n\n".join(section for section in sections if section)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
-    tags = [*TAGS[kind], "diffusers", "diffusers-training", "diffusers-dim", "draw-in-mind", "sana"]
-    populate_model_card(card, tags=tags).save(output_dir / "README.md")
+    card.save(output_dir / "README.md")
     return output_dir / "README.md"
 
 
@@ -258,6 +247,8 @@ def push_to_hub(output_dir: str | Path, repo_id: str, private: bool = False) -> 
     Returns:
         `str`: The repository's address.
     """
+    if (Path(output_dir) / "model_index.json").is_file():
+        forget_paths(output_dir)
     api = HfApi()
     # Where it is not asked for, an organisation's own default holds.
     url = api.create_repo(repo_id, private=private or None, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Models on the Hub: code that goes with their weights, model cards, and uploads."""
