@@ -1,5 +1,5 @@
-"""Writes the README's tables, those of `docs/training_speed.md` and `docs/data.md`, and `docs/speed.png`, from
-`benchmarks/results`.
+"""Writes the README's table, those of `docs/speed.md`, `docs/training_speed.md`, `docs/data.md` and
+`docs/serving.md`, and `docs/speed.png`, from `benchmarks/results`.
 
 python benchmarks/report.py
 """
@@ -10,16 +10,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from diffusers_dim.files import write_between
+
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "speed.png"
+README = ROOT / "README.md"
+SUMMARY_BEGIN, SUMMARY_END = "<!-- summary-bench:begin -->", "<!-- summary-bench:end -->"
+SPEED_PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 TRAINING_PAGE = ROOT / "docs" / "training_speed.md"
 TRAINING_BEGIN, TRAINING_END = "<!-- train-bench:begin -->", "<!-- train-bench:end -->"
 DESIGN_BEGIN, DESIGN_END = "<!-- design-bench:begin -->", "<!-- design-bench:end -->"
 DATA_PAGE = ROOT / "docs" / "data.md"
 DATA_BEGIN, DATA_END = "<!-- data-bench:begin -->", "<!-- data-bench:end -->"
+SERVING_PAGE = ROOT / "docs" / "serving.md"
+SERVING_BEGIN, SERVING_END = "<!-- serving-bench:begin -->", "<!-- serving-bench:end -->"
 UNMEASURED = "unmeasured"
 # Which JSON holds what: the published width on a CPU, the published model on a GPU, the embedded model.
 CPU, GPU, EMBEDDED = "cpu", "full", "embedded"
@@ -247,7 +254,7 @@ def sizes(results: Results, file: str, section: str, form: str) -> str:
 
 
 def make_report(folder: Path = RESULTS) -> str:
-    """The README's tables, in Markdown, of the JSONs in a folder."""
+    """The tables of `docs/speed.md`, in Markdown, of the JSONs in a folder."""
     results = Results(folder)
     call = "; {layers} layers, {size} px, {tokens} condition tokens, {steps} steps, guidance {guidance_scale}"
     grown = {place: get(results.section(file, "growth"), "layers") for file, place in ((CPU, "CPU"), (GPU, "GPU"))}
@@ -273,10 +280,28 @@ def make_report(folder: Path = RESULTS) -> str:
         memory_table(results),
     ]
     if results.files:
-        parts.insert(
-            2, "![Time of stock parts, of this package and of the floor; growth; approximations](docs/speed.png)"
-        )
+        parts.insert(2, "![Time of stock parts, of this package and of the floor; growth; approximations](speed.png)")
     return "\n\n".join(parts)
+
+
+def summary_report(folder: Path = RESULTS) -> str:
+    """The README's table, in Markdown, of the JSONs in a folder: the whole works, as far as they were measured."""
+    results = Results(folder)
+    places = {CPU: ("CPU", "{layers} layers at full width, {size} px"), GPU: ("GPU", "{layers} layers, {size} px")}
+    rows = []
+    for file, (place, form) in places.items():
+        for kind, words in (("text_to_image", "text-to-image"), ("edit", "edit")):
+            where = f"{words}, {place}, {sizes(results, file, 'call', form)}"
+            rows.append((where, get(results.section(file, "call"), kind)))
+    rows.append(("edit, CPU, embedded model, 64 px", results.section(EMBEDDED, "edit")))
+    rows.append(("edit, GPU, from image and blueprint to picture", results.section(GPU, "edit")))
+    measured = []
+    for words, cell in rows:
+        stock, ours = (get(cell, "variants", name, "median_seconds") for name in ("stock", "ours"))
+        if stock and ours:
+            measured.append([words, seconds(stock), seconds(ours), number(stock / ours)])
+    text = table(["", "stock parts", "ours", "times faster"], measured or [[UNMEASURED] * 4])
+    return text if results.section(GPU, "call") else f"{text}\n\nNothing has been measured on a GPU yet."
 
 
 def design_report(folder: Path = RESULTS) -> str:
@@ -539,6 +564,60 @@ def data_report(folder: Path = RESULTS) -> str:
     return "\n\n".join(parts)
 
 
+SERVING = "serving"  # the file of `benchmarks/serving.py`
+
+
+def hostile_table(results: Results) -> str:
+    found = results.section(SERVING, "hostile")
+    rows = []
+    for index, cell in enumerate(found.get("rounds", []), start=1):
+        good, hostile = cell["right"] + cell["wrong"], cell["hostile_as_expected"] + cell["hostile_otherwise"]
+        memory = f"{cell['resident_bytes'] / 1e6:,.0f} MB"
+        rows.append([f"{index}", f"{cell['right']} of {good}", f"{cell['hostile_as_expected']} of {hostile}", memory])
+    head = ["round", "good ones answered right", "hostile ones answered as they should be", "server's memory after it"]
+    return table(head, rows or [[UNMEASURED] * 4])
+
+
+def batching_table(results: Results) -> str:
+    found = results.section(SERVING, "batching")
+    rows = []
+    for size, timing in get(found, "max_batch_size").items() if found else ():
+        faster = get(found, "times_faster") if rows else 1.0
+        rate, filled = (number(get(timing, name)) for name in ("pictures_per_second", "pictures_per_call"))
+        rows.append([size, seconds(get(timing, "median_seconds")), rate, filled, number(faster)])
+    head = ["pictures a call, at most", "a run", "pictures a second", "pictures a call", "times the throughput"]
+    return table(head, rows or [[UNMEASURED] * 5])
+
+
+def serving_report(folder: Path = RESULTS) -> str:
+    """The tables of `docs/serving.md`, in Markdown, of the JSONs in a folder."""
+    results = Results(folder)
+    form = (
+        "{device}, {cores} cores, load average {load_average[0]:.1f} to {load_average[1]:.1f},"
+        " one process with {threads} thread for the server; {clients} clients at once; "
+    )
+    more = {
+        "hostile": "{requests} requests a round, {hostile_steps} steps",
+        "batching": "median of {runs} runs of {batched} requests, {steps} steps, 64 px",
+    }
+    where = {section: sizes(results, SERVING, section, form + words) or UNMEASURED for section, words in more.items()}
+    kinds = get(results.section(SERVING, "hostile"), "rounds")
+    parts = [
+        f"Good and hostile requests, nine to one ({where['hostile']}).",
+        hostile_table(results),
+        "The same requests painted one by one and together, before two servers that take turns"
+        f" ({where['batching']}).",
+        batching_table(results),
+    ]
+    if kinds:
+        told = [
+            f"{kind} ({'no answer to give' if 'gone' in found else next(iter(found))})"
+            for kind, found in kinds[0]["hostile"].items()
+        ]
+        parts.insert(2, f"The hostile ones in turn, with the status that each gets: {', '.join(told)}.")
+    return "\n\n".join(parts)
+
+
 def update_readme(path: Path, report: str, begin: str = BEGIN, end: str = END) -> None:
     """
     Puts a report between a page's markers.
@@ -546,11 +625,7 @@ def update_readme(path: Path, report: str, begin: str = BEGIN, end: str = END) -
     Raises:
         ValueError: If the markers are not there.
     """
-    text = path.read_text()
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"{path} has to hold the lines {begin} and {end} once each.")
-    head, rest = text.split(begin)
-    path.write_text(f"{head}{begin}\n{report}\n{end}{rest.split(end)[1]}")
+    write_between(path, begin, end, report)
 
 
 def draw(folder: Path, path: Path) -> None:
@@ -652,15 +727,19 @@ def draw(folder: Path, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="Folder of the JSONs.")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="Whose tables are written anew.")
+    parser.add_argument("--readme", type=Path, default=README, help="Whose table is written anew.")
+    parser.add_argument("--speed_page", type=Path, default=SPEED_PAGE, help="Its tables, too.")
     parser.add_argument("--training_page", type=Path, default=TRAINING_PAGE, help="Its tables, too.")
     parser.add_argument("--data_page", type=Path, default=DATA_PAGE, help="Its tables, too.")
+    parser.add_argument("--serving_page", type=Path, default=SERVING_PAGE, help="Its tables, too.")
     parser.add_argument("--plot", type=Path, default=PLOT)
     args = parser.parse_args()
-    update_readme(args.readme, make_report(args.results))
-    update_readme(args.readme, design_report(args.results), DESIGN_BEGIN, DESIGN_END)
+    update_readme(args.readme, summary_report(args.results), SUMMARY_BEGIN, SUMMARY_END)
+    update_readme(args.speed_page, make_report(args.results))
+    update_readme(args.speed_page, design_report(args.results), DESIGN_BEGIN, DESIGN_END)
     update_readme(args.training_page, training_report(args.results), TRAINING_BEGIN, TRAINING_END)
     update_readme(args.data_page, data_report(args.results), DATA_BEGIN, DATA_END)
+    update_readme(args.serving_page, serving_report(args.results), SERVING_BEGIN, SERVING_END)
     if any(args.results.glob("*.json")):
         draw(args.results, args.plot)
 

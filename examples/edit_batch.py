@@ -39,9 +39,10 @@ from accelerate.utils import broadcast_object_list
 from PIL import ExifTags, Image
 
 from diffusers_dim import DIMEditPipeline
+from diffusers_dim.batches import make_batches  # noqa: F401 batch_edit_ray.py has it here
 from diffusers_dim.devices import resolve_dtype
 from diffusers_dim.evaluation import generation
-from diffusers_dim.evaluation.generation import make_batches, save_whole  # noqa: F401 batch_edit_ray.py has them here
+from diffusers_dim.evaluation.generation import save_whole  # noqa: F401 batch_edit_ray.py has it here
 from diffusers_dim.files import read_jsonl, remove_leftovers, write_lines
 from diffusers_dim.image_processor import MAX_ASPECT_RATIO
 

@@ -16,7 +16,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -31,6 +31,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..batches import make_batches
 from ..designers import SelfDesigner
 from ..devices import resolve_dtype
 from ..files import READ_ERRORS, read_picture, remove_leftovers, save_image, write_lines, written_aside
@@ -112,22 +113,6 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def make_batches(
-    items: Iterable[Item], group_of: Callable[[Item], Any], batch_size: int
-) -> list[tuple[Any, list[Item]]]:
-    """Batches of items of one group each, such as a size, in the order of their first items."""
-    groups: dict[Hashable, list[tuple[int, Item]]] = {}
-    for place, item in enumerate(items):
-        groups.setdefault(group_of(item), []).append((place, item))
-    batches = [
-        (group, members[start : start + batch_size])
-        for group, members in groups.items()
-        for start in range(0, len(members), batch_size)
-    ]
-    batches.sort(key=lambda batch: batch[1][0][0])
-    return [(group, [item for _, item in members]) for group, members in batches]
-
-
 def paint_planned(
     state: PartialState,
     planned: Sequence[tuple[Item, Plan]],
@@ -166,7 +151,7 @@ def paint_planned(
     bar = tqdm(
         total=sum(len(batch) for _, batch in share),
         desc=unit if state.num_processes == 1 else f"{unit} of 1 process in {state.num_processes}",
-        disable=not state.is_main_process,
+        disable=None if state.is_main_process else True,  # None: where stderr is no terminal
     )
     saves: list[Future] = []
     with bar, ThreadPoolExecutor(max_workers=1) as writer:
