@@ -4,7 +4,17 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from diffusers_dim.tiny.scenes import CELLS, FORMS, SIZES, Scene, Shape, add_article, list_shapes, random_ground
+from diffusers_dim.tiny.scenes import (
+    CELLS,
+    FORMS,
+    SIZES,
+    Ground,
+    Scene,
+    Shape,
+    add_article,
+    list_shapes,
+    random_ground,
+)
 
 
 TEMPLATES = {
@@ -113,8 +123,7 @@ def word_order(kind: str, words: dict[str, str], rng: random.Random) -> str:
     return rng.choice(TEMPLATES[kind]).format(**words)
 
 
-# Each edit below returns the scene after it, the words that its templates need, and the blueprint's fourth part. Where
-# there is a shape to choose, `old` is it, if given.
+# The scene after an edit, the words that its templates need, and the blueprint's fourth part.
 Edit = tuple[Scene, dict[str, str], str]
 
 
@@ -123,51 +132,89 @@ def swap(scene: Scene, old: Shape, new: Shape) -> Scene:
     return replace(scene, shapes=tuple(new if shape is old else shape for shape in scene.shapes))
 
 
+# Each of the first ones makes an edit that is chosen, and gives the scene after it and the blueprint's fourth part.
+def recolor(scene: Scene, old: Shape, color: str) -> tuple[Scene, str]:
+    """Another color for a shape."""
+    area = f"The {old.name} {old.where} becomes {color}; its shape, size and place stay."
+    return swap(scene, old, replace(old, color=color)), area
+
+
+def remove(scene: Scene, old: Shape) -> tuple[Scene, str]:
+    """A shape less."""
+    area = f"The {old.name} {old.where} goes away; the background fills its place."
+    return replace(scene, shapes=tuple(shape for shape in scene.shapes if shape is not old)), area
+
+
+def add(scene: Scene, new: Shape) -> tuple[Scene, str]:
+    """A shape more."""
+    area = f"The empty place {new.where} receives a {new.size} {new.name}."
+    return replace(scene, shapes=(*scene.shapes, new)), area
+
+
+def replace_shape(scene: Scene, old: Shape, color: str, kind: str) -> tuple[Scene, str]:
+    """Another shape in a shape's place, of its size."""
+    new = replace(old, color=color, kind=kind)
+    area = f"The {old.name} {old.where} becomes {add_article(new.name)}; its size and place stay."
+    return swap(scene, old, new), area
+
+
+def move(scene: Scene, old: Shape, cell: str) -> tuple[Scene, str]:
+    """A shape in the middle of another cell."""
+    new = replace(old, cell=cell, offset=(0, 0))
+    area = f"The {old.name} leaves its place {old.where} and lands {new.where}; its size stays."
+    return swap(scene, old, new), area
+
+
+def change_ground(scene: Scene, ground: Ground) -> tuple[Scene, str]:
+    """Another ground under all shapes."""
+    return replace(scene, ground=ground), f"The whole background becomes {ground.name}; every shape stays."
+
+
+# Each below draws an edit. Where there is a shape to choose, `old` is it, if given.
 def _recolor(scene: Scene, rng: random.Random, old: Shape | None = None) -> Edit:
     old = old or rng.choice(scene.shapes)
     color = rng.choice([color for color, kind in scene.free_names() if kind == old.kind])
-    area = f"The {old.name} {old.where} becomes {color}; its shape, size and place stay."
-    return swap(scene, old, replace(old, color=color)), {"old": mention(old, rng), "color": color}, area
+    target, area = recolor(scene, old, color)
+    return target, {"old": mention(old, rng), "color": color}, area
 
 
 def _remove(scene: Scene, rng: random.Random, old: Shape | None = None) -> Edit:
     old = old or rng.choice(scene.shapes)
-    area = f"The {old.name} {old.where} goes away; the background fills its place."
-    return replace(scene, shapes=tuple(s for s in scene.shapes if s is not old)), {"old": mention(old, rng)}, area
+    target, area = remove(scene, old)
+    return target, {"old": mention(old, rng)}, area
 
 
 def _add(scene: Scene, rng: random.Random, old: Shape | None = None) -> Edit:
     color, kind = rng.choice(scene.free_names())
     new = Shape(kind, color, rng.choice(tuple(SIZES)), rng.choice(scene.free_cells()))
     words = {"new": f"a {new.size} {new.name}", "where": rng.choice(CELLS[new.cell])}
-    area = f"The empty place {new.where} receives a {new.size} {new.name}."
-    return replace(scene, shapes=(*scene.shapes, new)), words, area
+    target, area = add(scene, new)
+    return target, words, area
 
 
 def _replace(scene: Scene, rng: random.Random, old: Shape | None = None) -> Edit:
     old = old or rng.choice(scene.shapes)
     color, kind = rng.choice([name for name in scene.free_names() if name[1] != old.kind])
-    new = replace(old, color=color, kind=kind)
-    area = f"The {old.name} {old.where} becomes {add_article(new.name)}; its size and place stay."
-    return swap(scene, old, new), {"old": mention(old, rng), "new": add_article(new.name)}, area
+    target, area = replace_shape(scene, old, color, kind)
+    return target, {"old": mention(old, rng), "new": add_article(f"{color} {kind}")}, area
 
 
 def _move(scene: Scene, rng: random.Random, old: Shape | None = None) -> Edit:
     old = old or rng.choice(scene.shapes)
-    new = replace(old, cell=rng.choice(scene.free_cells()), offset=(0, 0))
-    where = rng.choice(CELLS[new.cell])
+    cell = rng.choice(scene.free_cells())
+    where = rng.choice(CELLS[cell])
     words = {"old": mention(old, rng), "where": where, "place": where.split(" ", 1)[1]}
-    area = f"The {old.name} leaves its place {old.where} and lands {new.where}; its size stays."
-    return swap(scene, old, new), words, area
+    target, area = move(scene, old, cell)
+    return target, words, area
 
 
 def _background(scene: Scene, rng: random.Random, old: Shape | None = None) -> Edit:
     ground = scene.ground
     while ground == scene.ground:
         ground = random_ground(rng)
-    area = f"The whole background becomes {ground.name}; every shape stays."
     words = {"ground": ground.name if ground.end or rng.random() < 0.5 else ground.color}
-    return replace(scene, ground=ground), words, area
+    target, area = change_ground(scene, ground)
+    return target, words, area
 
 
 def _resize(scene: Scene, rng: random.Random, old: Shape | None = None) -> Edit:
