@@ -39,6 +39,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from diffusers_dim import DIMConnector, DIMEditPipeline, DIMProcessor, DIMTransformer2DModel
 from diffusers_dim.evaluation.shapes import evaluate_shapes
+from diffusers_dim.tiny import TINY_SHAPES
 from diffusers_dim.tiny.dataset import write_edits
 from diffusers_dim.tiny.scenes import SHAPE_COLORS
 from diffusers_dim.tiny.world import sample_edits, sample_scenes
@@ -465,7 +466,8 @@ def export(work_dir: Path, output: Path) -> None:
     text_encoder = work_dir / "text_encoder"
     pipe.to(dtype=torch.float16)
     with finished_folder(output) as folder:
-        pipe.save_pretrained(folder)
+        pipe.save_pretrained(folder, self_contained=False)  # the package is there where the model is
+        shutil.copyfile(Path(TINY_SHAPES) / "README.md", folder / "README.md")
         shutil.copytree(text_encoder, folder / "text_encoder", dirs_exist_ok=True)
         for path in folder.rglob("*.json"):
             config = json.loads(path.read_text())
