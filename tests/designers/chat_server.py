@@ -78,6 +78,7 @@ class ChatServer(ThreadingHTTPServer):
         allowed_at_once (`int`): How many may be; HTTP 429 for those above.
         connections (`int`): How many were opened.
         seconds (`float`): How long an answer takes.
+        seconds_a_part (`float`): How long each part of a stream takes, besides.
         usage (`bool`): Whether it counts tokens for those who ask for it.
         models (`list[str]`): Which it has; other names give HTTP 404. Empty: any.
     """
@@ -92,7 +93,7 @@ class ChatServer(ThreadingHTTPServer):
         self.answered: Counter[str] = Counter()
         self.most_at_once = self.at_once = self.connections = 0
         self.allowed_at_once = 10_000
-        self.seconds = 0.0
+        self.seconds = self.seconds_a_part = 0.0
         self.usage = True
         self.models: list[str] = []
         self.lock = threading.Lock()
@@ -215,6 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, text in delta.items():
             deltas += [{name: text[start : start + 100]} for start in range(0, len(text), 100)]
         for place, part in enumerate(deltas):
+            time.sleep(server.seconds_a_part)
             self._event({**frame, "choices": [{"index": 0, "delta": part, "finish_reason": None}]})
             if place == 1 and (reply.error or reply.fault not in ("", "odd", "open", "leave")):
                 return self._spoil(reply)
