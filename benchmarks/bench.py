@@ -4,7 +4,8 @@
     python benchmarks/bench.py --preset full --device cuda
 
 Results go to `benchmarks/results/NAME.json`, one entry a section with the command, versions and machine that it was
-measured with; `benchmarks/report.py` makes the README's tables of them. What cannot be measured says so, and why.
+measured with; `benchmarks/report.py` makes the tables of `docs/speed.md` of them. What cannot be measured says so,
+and why.
 """
 
 import argparse

@@ -1,6 +1,4 @@
-"""The README's tables."""
-
-from pathlib import Path
+"""The tables of the README and of the pages."""
 
 import numpy as np
 import pytest
@@ -9,15 +7,28 @@ from PIL import Image
 import report
 
 
-README = Path(__file__).parents[2] / "README.md"
+def test_readme_holds_the_summary_of_the_committed_results():
+    block = report.README.read_text().split(report.SUMMARY_BEGIN)[1].split(report.SUMMARY_END)[0]
+    assert block.strip() == report.summary_report()
 
 
-def test_readme_holds_the_report_of_the_committed_results():
-    block = README.read_text().split(report.BEGIN)[1].split(report.END)[0]
+def test_speed_page_holds_the_report_of_the_committed_results():
+    block = report.SPEED_PAGE.read_text().split(report.BEGIN)[1].split(report.END)[0]
     assert block.strip() == report.make_report()
 
 
-def test_readmes_plot_is_there():
+def test_summary_holds_the_medians_of_what_was_measured_alone(results, tiny):
+    lines = [line for line in report.summary_report(results).splitlines() if line.startswith("| edit, CPU")]
+    variants = tiny["call"]["results"]["edit"]["variants"]
+    assert report.seconds(variants["ours"]["median_seconds"]) in lines[0]
+    assert not any("unmeasured" in line for line in lines)
+
+
+def test_summary_without_results_is_unmeasured(tmp_path):
+    assert report.summary_report(tmp_path).splitlines()[2] == "| all | unmeasured | unmeasured | unmeasured |"
+
+
+def test_speed_pages_plot_is_there():
     assert report.PLOT.exists() == any(report.RESULTS.glob("*.json"))
 
 
