@@ -28,7 +28,7 @@ import torch
 from diffusers_dim import DIMEditPipeline
 from diffusers_dim.evaluation.shapes import evaluate_shapes
 from diffusers_dim.evaluation.statistics import mean_interval
-from diffusers_dim.files import write_lines
+from diffusers_dim.files import write_between, write_lines
 from diffusers_dim.tiny.dataset import write_edits
 from diffusers_dim.tiny.judge import mistake_words
 from diffusers_dim.tiny.world import DESIGN_EDIT_KINDS, EditSample, sample_edits
@@ -217,10 +217,7 @@ def report(args: argparse.Namespace) -> None:
     write_lines(args.work_dir / "claim.json", [json.dumps(measured, indent=1)])
     print("\n".join(tables(args, measured)), flush=True)
     if args.docs is not None:
-        page = args.docs / "claim.md"
-        before, _, rest = page.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        page.write_text(f"{before}{BEGIN}\n" + "\n".join(tables(args, measured)) + f"\n{END}{after}")
+        write_between(args.docs / "claim.md", BEGIN, END, "\n".join(tables(args, measured)))
         draw(measured, args.docs / "claim.png")
         write_lines(args.docs / "claim.json", [json.dumps(measured)])
 

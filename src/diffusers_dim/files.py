@@ -17,12 +17,14 @@ import io
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from .image_processor import DIMImageProcessor
 
@@ -108,6 +110,21 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         file.writelines(f"{line}\n" for line in lines)
 
 
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """
+    Puts a text between two marks of a page, each on a line of its own; all else stays.
+
+    Raises:
+        ValueError: If the marks are not there once each, in this order.
+    """
+    page = path.read_text(encoding="utf-8")
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found or page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"{path} has to hold the lines {begin} and {end} once each.")
+    write_lines(path, [f"{before}{begin}\n{text}\n{end}{after}".removesuffix("\n")])
+
+
 def read_picture(path: str | Path | bytes) -> Image.Image:
     """
     A whole picture, from a path or a file's bytes, in RGB as a person sees it, see [`DIMImageProcessor.to_rgb`].
@@ -121,6 +138,79 @@ def read_picture(path: str | Path | bytes) -> Image.Image:
     except READ_ERRORS as error:
         name = f"A file of {len(path)} bytes" if isinstance(path, bytes) else path
         raise ValueError(f"{name} cannot be read as a picture ({error}).") from error
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """
+    A picture by its file, for those who pass it on without looking into it, see [`open_picture`].
+
+    Args:
+        data (`bytes`): The file.
+        media_type (`str`): Such as "image/png".
+        size (`tuple[int, int]`): Width and height in pixels.
+    """
+
+    data: bytes = field(repr=False)
+    media_type: str
+    size: tuple[int, int]
+
+    def decode(self) -> Image.Image:
+        """The picture, see [`read_picture`]."""
+        return read_picture(self.data)
+
+
+def open_picture(path: str | Path | bytes) -> PictureFile | Image.Image:
+    """
+    A file that everybody reads alike as it is, without decoding it: a whole PNG, JPEG or WebP of one frame in RGB or
+    grey, without transparency or rotation. Of any other one the picture, see [`read_picture`].
+
+    Raises:
+        ValueError: If there is none, as [`read_picture`] says.
+    """
+    try:
+        data = path if isinstance(path, bytes) else Path(path).read_bytes()
+        with Image.open(io.BytesIO(data), formats=list(_IS_PLAIN)) as image:
+            kind, size = image.format, image.size
+            is_plain = image.mode in ("RGB", "L") and not image.has_transparency_data
+            if is_plain and not getattr(image, "is_animated", False) and _IS_PLAIN.get(kind, _never)(image, data):
+                return PictureFile(data, Image.MIME[kind], size)
+    except READ_ERRORS:
+        pass  # told in the words of the whole reading
+    return read_picture(path)
+
+
+def _never(image: Image.Image, data: bytes) -> bool:
+    return False
+
+
+def _is_upright(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def _is_plain_png(image: Image.Image, data: bytes) -> bool:
+    """Whether a PNG is whole, by its checksums, and nothing in it says that it is rotated."""
+    if any(name in image.info for name in ("exif", "XML:com.adobe.xmp", "Raw profile type exif")):
+        return False
+    place, name, view = 8, b"", memoryview(data)
+    while name != b"IEND":
+        length = int.from_bytes(view[place : place + 4], "big")
+        end = place + 8 + length
+        behind, name = name == b"IDAT", bytes(view[place + 4 : place + 8])
+        if zlib.crc32(view[place + 4 : end]) != int.from_bytes(view[end : end + 4], "big") or end + 4 > len(data):
+            return False
+        if behind and name not in (b"IDAT", b"IEND"):  # PIL has not read it yet
+            return False
+        place = end + 4
+    return True
+
+
+# Whether a file is there to its end and not rotated, by its format.
+_IS_PLAIN: dict[str, Callable[[Image.Image, bytes], bool]] = {
+    "PNG": _is_plain_png,
+    "JPEG": lambda image, data: data.endswith(b"\xff\xd9") and _is_upright(image),
+    "WEBP": lambda image, data: len(data) >= 8 + int.from_bytes(data[4:8], "little") and _is_upright(image),
+}
 
 
 def save_image(image: Image.Image, path: Path, settings: dict[str, Any]) -> None:

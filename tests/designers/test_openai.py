@@ -302,6 +302,43 @@ def test_many_threads_may_call_at_once(server):
     assert 1 < server.most_at_once <= 8
 
 
+def test_calls_that_overlap_share_connections(server):
+    designer = make(server)
+    server.replies["slow"] = [Reply(fault="drip")]
+    slow = designer.write([Conversation(("slow",)), Conversation(("fast",))], lambda index, text: None)
+    next(slow)
+    for turn in "abcde":
+        ask(designer, turn)
+    assert server.connections == 2
+    slow.close()
+    ask(designer, "f")
+    assert server.connections == 3
+
+
+def test_a_call_that_fails_leaves_another_alone(server):
+    designer = make(server)
+    server.seconds = 0.2
+    other = designer.write([Conversation((turn,)) for turn in "abc"], lambda index, text: None)
+    first = next(other)
+
+    def stop(index, text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(designer.write([Conversation(("d",))], stop))
+    assert len([first, *other]) == 3
+
+
+def test_texts_that_need_escapes_arrive_as_they_are_beside_pictures(server):
+    turn = 'Say "{mark}\\" in \u00e4\U0001f600\n'
+    list(make(server).write([Conversation((turn,), IMAGE, others=(IMAGE,))], lambda index, text: None))
+    body = server.requests[0]["body"]
+    content = body["messages"][0]["content"]
+    assert [part["type"] for part in content] == ["image_url", "image_url", "text"]
+    assert content[2]["text"] == turn and content[0] == content[1]
+    assert body["stream_options"] == {"include_usage": True}
+
+
 def test_nothing_is_left_running_between_calls(server):
     before = threading.active_count()
     designs = make(server).design_each([IMAGE] * 20, ["Make it blue"] * 20)

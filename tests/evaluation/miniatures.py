@@ -6,7 +6,9 @@ import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image, ImageDraw
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Config, Dinov2Model
 
 from diffusers_dim.evaluation.shapes import write_held_out
 
@@ -146,3 +148,28 @@ WRITERS = {
     "mjhq": write_mjhq,
     "shapes": write_shapes,
 }
+
+
+def write_dino(folder):
+    """A random DINOv2 model for pictures of 28x28 pixels."""
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    CLIPImageProcessorPil(crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def write_clip(folder):
+    """A random CLIP model for pictures of 28x28 pixels, with 8 features."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 32},
+        vision_config={**sizes, "image_size": 28, "patch_size": 14},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder

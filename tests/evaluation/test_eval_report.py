@@ -7,7 +7,8 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from diffusers_dim.evaluation.benchmark import Case, CaseScore, Figure, Scores
+from diffusers_dim.evaluation import report as report_module
+from diffusers_dim.evaluation.benchmark import LEFT_OUT, Case, CaseScore, Figure, Scores
 from diffusers_dim.evaluation.report import write_comparison, write_report
 from diffusers_dim.files import save_image
 
@@ -136,8 +137,51 @@ def test_a_single_judge_agrees_with_nobody(tmp_path):
 
 def test_figures_that_are_of_no_group_are_told_apart(tmp_path):
     cases, scores = make_run(tmp_path, {"add": [1.0]})
-    scores.figures["intersection/overall"] = Figure(7.125, 1, 1)
-    assert "| intersection/overall | gpt-4.1 | 7.125 | – | 1 of 1 |" in write_one(tmp_path, scores, cases)
+    scores.figures["without text"] = Figure(7.125, 1, 1)
+    assert "| without text | gpt-4.1 | 7.125 | – | 1 of 1 |" in write_one(tmp_path, scores, cases)
+
+
+def test_a_groups_further_measures_are_columns_of_a_table(tmp_path):
+    cases, scores = make_run(tmp_path, {"add": [1.0]})
+    scores.figures |= {
+        "quality/add": Figure(7.125, 1, 1, 7.0, 7.25),
+        "intersection/quality/overall": Figure(None, 0, 1),
+    }
+    report = write_one(tmp_path, scores, cases)
+    assert "| group | quality | intersection/quality |\n" in report
+    assert "| add | 7.125 (7.000 to 7.250), 1 of 1 | – |\n| overall | – | –, 0 of 1 |" in report
+
+
+def test_cases_that_were_left_out_are_counted_and_not_listed(tmp_path):
+    cases, scores = make_run(tmp_path, {"add": [1.0, None, None]})
+    scores.cases[1:] = [
+        CaseScore(cases[1].key, "add", None, reason=LEFT_OUT),
+        CaseScore(cases[2].key, "add", None, reason="refused"),
+    ]
+    report = write_one(tmp_path, scores, cases)
+    assert "1 cases were left out by --limit.\n\n| case |" in report
+    assert LEFT_OUT not in report.replace("1 cases were left out by --limit.", "")
+
+
+def test_sheets_call_cases_best_and_worst_only_where_there_are_others(tmp_path):
+    assert _labels(tmp_path / "few", [3.0, 1.0]) == ["score 3.00", "score 1.00"]
+    assert _labels(tmp_path / "many", [3.0, 1.0, 2.0]) == ["best 3.00", "worst 1.00"]
+
+
+def _labels(folder, scores):
+    """What the rows of the sheet of a group are called, with one best and one worst case."""
+    folder.mkdir()
+    cases, scores = make_run(folder, {"add": scores})
+    titles = []
+
+    def keep(rows, heading, side):
+        titles.extend(row.title.partition(",")[0] for row in rows)
+        return Image.new("RGB", (1, 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_module, "draw_sheet", keep)
+        write_report(folder, [scores], cases, folder / "pictures", {}, per_group=1)
+    return titles
 
 
 def test_figures_have_the_official_scorers_digits(tmp_path):

@@ -233,10 +233,12 @@ def test_semantics_is_asked_with_both_pictures_and_quality_with_the_edit_alone(d
     source, edit = picture("white")["bytes"], picture("red", (64, 64))["bytes"]
     sample = EngineSample("a", edit, source, "Paint it <instruction> red")
     asked = semantics.conversation(sample)
+    assert asked.images[0].data == source
+    asked = asked.decoded()
     assert [image.getpixel((0, 0)) for image in asked.images] == [(255, 255, 255), (255, 0, 0)]
     assert {image.size for image in asked.images} == {(40, 24)}  # the edit at the source's size
     assert asked.turns[0].endswith("Editing instruction: Paint it <instruction> red\n") and asked.text_first
-    asked = quality.conversation(sample)
+    asked = quality.conversation(sample).decoded()
     assert [image.getpixel((0, 0)) for image in asked.images] == [(255, 0, 0)]
     assert asked.turns[0].endswith("One picture.") and asked.text_first
 

@@ -1,5 +1,6 @@
 """ImgEdit's cases and scores, beside the rule of the official scorer written down once more."""
 
+import io
 import json
 import random
 import re
@@ -100,14 +101,19 @@ def test_cases_are_those_of_the_official_layout(tmp_path, files, sources):
     assert len(benchmark.questions()) == 1
 
 
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def test_a_judge_is_asked_in_the_types_own_words_before_it_sees_source_and_edit(data, tmp_path):
     benchmark = ImgEdit(data)
-    source, edit = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
-    sample = EngineSample("1000", b"", b"", 'Say "<b>"', columns={"edit_type": "style"})
-    sample.pictures = (source, edit)
+    source, edit = (png(Image.new("RGB", (8, 8), color)) for color in ("red", "blue"))
+    sample = EngineSample("1000", edit, source, 'Say "<b>"', columns={"edit_type": "style"})
     asked = benchmark.questions()[0].conversation(sample)
     assert asked.turns == (PROMPTS["style"].replace("<edit_prompt>", 'Say "<b>"'),)
-    assert asked.images == (source, edit) and asked.text_first
+    assert [image.data for image in asked.images] == [source, edit] and asked.text_first
 
 
 def test_answers_of_other_prompts_or_types_are_not_taken_for_these(data):

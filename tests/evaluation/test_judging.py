@@ -67,16 +67,23 @@ def say(server, replies):
     server.judge = judge_or_say
 
 
-def test_the_judge_gets_the_text_then_the_source_then_the_edit(benchmark, pictures, server, tmp_path):
+def test_the_judge_gets_the_text_then_the_files_of_source_and_edit(benchmark, pictures, server, tmp_path):
     answers = run(benchmark, pictures, server, tmp_path)
     assert list(answers) == [case.key for case in benchmark.cases]
     assert server.parts == [["text", "image", "image"]] * 9
     case = benchmark.cases[0]
     prompt = json.loads((benchmark.data / "prompts.json").read_text())[case.group]
     place = server.texts.index(prompt.replace("<edit_prompt>", case.prompt))
-    sizes = [Image.open(BytesIO(data)).size for data in server.pictures[place]]
-    assert sizes == [Image.open(case.image).size, (40, 32)]
+    assert server.pictures[place] == [case.image.read_bytes(), (pictures / case.files[0]).read_bytes()]
     assert all(not answer.reason and answer.parts["score"] for answer in answers.values())
+
+
+def test_pictures_beyond_the_judges_size_are_sent_smaller(benchmark, pictures, server, tmp_path):
+    judge = judge_at(server, max_image_pixels=20 * 16)
+    judge_cases(benchmark, pictures, judge, tmp_path / "judged", progress=False)
+    sent = [Image.open(BytesIO(data)) for both in server.pictures for data in both]
+    assert {image.format for image in sent} == {"JPEG"}
+    assert max(image.width * image.height for image in sent) <= 20 * 16
 
 
 def test_an_unreadable_answer_is_asked_for_once_more(benchmark, pictures, server, tmp_path):

@@ -219,19 +219,24 @@ def test_wrong_data_are_all_listed(data, tmp_path):
     rows["001f"]["prompt"] = None
     rows["../up"] = {"category": "art", "prompt": "x"}
     rows["999f"] = {"category": "people", "prompt": "x"}
-    text = json.dumps(rows)[:-1] + ', "010f": {"category": "art", "prompt": "again"}}'
-    (data / "meta_data.json").write_text(text)
+    (data / "meta_data.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError) as error:
         MJHQ(data)
     for told in (
-        "6 problems",
+        "5 problems",
         "000f: the category 'beasts'",
         "001f: there is no prompt",
         "'../up': an id",
         "people/999f.jpg",
-        "'010f' is there twice",
     ):
         assert told in str(error.value)
+
+
+def test_an_id_that_is_there_twice_is_refused(data):
+    text = (data / "meta_data.json").read_text()
+    (data / "meta_data.json").write_text(text[:-1] + ', "010f": {"category": "art", "prompt": "again"}}')
+    with pytest.raises(ValueError, match=r"meta_data\.json cannot be read: the keys \['010f'\] come twice"):
+        MJHQ(data)
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "{}", '{"a": 1}', '[["a", [["category", "art"]]]]', "[" * 100_000])

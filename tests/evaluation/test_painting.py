@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import PartialState
+from cli_runs import run_on_terminal
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -282,7 +282,7 @@ def test_two_processes_give_the_files_of_one(finished, cases, tmp_path):
     launch = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--dynamo_backend", "no"]
     command += [str(tmp_path / "paint.py"), str(tmp_path / "given.json")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    result = run_on_terminal(command)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "Pictures of 1 process in 2" in result.stderr and "3/3" in result.stderr
     assert contents(tmp_path / "run") == contents(finished)

@@ -3,9 +3,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
+from miniatures import write_clip, write_dino
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, Dinov2Config, Dinov2Model
 
 from diffusers_dim.evaluation.preservation import MAX_PSNR, Pair, load_metrics, measure_preservation
 
@@ -42,29 +41,12 @@ def measure(pair, metrics=None, **options):
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "dino"
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, mlp_ratio=2
-    )
-    Dinov2Model(config).save_pretrained(folder)
-    CLIPImageProcessorPil(crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return str(folder)
+    return str(write_dino(tmp_path_factory.mktemp("models") / "dino"))
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "clip"
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = CLIPConfig(
-        text_config={**sizes, "vocab_size": 32},
-        vision_config={**sizes, "image_size": 28, "patch_size": 14},
-        projection_dim=8,
-    )
-    CLIPModel(config).save_pretrained(folder)
-    CLIPImageProcessorPil(crop_size={"height": 28, "width": 28}).save_pretrained(folder)
-    return str(folder)
+    return str(write_clip(tmp_path_factory.mktemp("models") / "clip"))
 
 
 def test_area_is_between_source_and_target_where_there_is_one(tmp_path):

@@ -23,13 +23,14 @@ def transformer(device) -> DIMTransformer2DModel:
         cross_attention_head_dim=8,
         cross_attention_dim=16,
         caption_channels=10,
+        mlp_ratio=1.0,  # one block of channels, as the interpreter is slow
         qk_norm="rms_norm_across_heads",
     ).to(device)
 
 
 @pytest.fixture
 def inputs(random):
-    return random(2, 4, 3, 4), random(2, 6, 10), torch.tensor([700, 700])
+    return random(2, 4, 2, 3), random(2, 6, 10), torch.tensor([700, 700])
 
 
 def forward(transformer, inputs):
@@ -63,11 +64,12 @@ def test_denoising_cache(transformer, inputs):
     hidden_states, condition, timestep = inputs
     cache = DIMDenoisingCache()
     with torch.no_grad():
+        expected = forward(transformer, inputs)
         for _ in range(2):
             output = transformer(
                 hidden_states, condition, timestep.to(hidden_states.device), denoising_cache=cache
             ).sample
-            assert torch.equal(output, forward(transformer, inputs))
+            assert torch.equal(output, expected)
 
 
 def test_what_is_around_the_depthwise_convolution_is_not_passed_by(transformer, inputs, close, monkeypatch):
@@ -86,7 +88,7 @@ def test_what_is_around_the_depthwise_convolution_is_not_passed_by(transformer, 
         forward(transformer, inputs)
         assert len(used) == 1
         del conv.forward
-        transformer.add_adapter(LoraConfig(r=80, target_modules=["conv_depth"], init_lora_weights=False))
+        transformer.add_adapter(LoraConfig(r=32, target_modules=["conv_depth"], init_lora_weights=False))
         forward(transformer, inputs)
         assert len(used) == 1
 

@@ -121,7 +121,7 @@ def test_float8_goes_with_group_offload(changed, paint):
 
 
 def offload_groups(pipe: DIMPipeline) -> None:
-    """As the README says."""
+    """As `docs/pipelines.md` says."""
     device = torch.device("cuda")
     pipe.transformer.enable_group_offload(device, use_stream=True, **LEVELS["each block"])
     for component in (pipe.text_encoder, pipe.connector, pipe.vae):

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
+from ..files import PictureFile
 from ..image_processor import DIMImageProcessor
 from ..models.processing_dim import to_messages
 from .blueprint import Blueprint, BlueprintError, strip_thoughts
@@ -56,22 +57,39 @@ class Conversation:
 
     Args:
         turns (`tuple[str, ...]`): The user's and the model's turns by turns, the user's first and last.
-        image (`PIL.Image.Image`, *optional*): An RGB picture, which comes before the text of the first turn.
+        image (`PIL.Image.Image` or [`~diffusers_dim.files.PictureFile`], *optional*):
+            An RGB picture, which comes before the text of the first turn. Its file is for designers whose
+            `max_file_pixels` are enough; all others are given what [`~Designer.prepare`] makes of it.
         instruction (`str`, defaults to `""`): What was given to be designed, which the first turn holds.
-        others (`tuple[PIL.Image.Image, ...]`, defaults to `()`): Further RGB pictures, which follow `image`.
+        others (`tuple`, defaults to `()`): Further pictures, which follow `image`.
         text_first (`bool`, defaults to `False`): Whether the pictures come after the text of the first turn instead.
     """
 
     turns: tuple[str, ...]
-    image: Image.Image | None = None
+    image: Image.Image | PictureFile | None = None
     instruction: str = ""
-    others: tuple[Image.Image, ...] = ()
+    others: tuple[Image.Image | PictureFile, ...] = ()
     text_first: bool = False
 
     @property
-    def images(self) -> tuple[Image.Image, ...]:
+    def images(self) -> tuple[Image.Image | PictureFile, ...]:
         """All pictures in order."""
         return () if self.image is None else (self.image, *self.others)
+
+    @property
+    def picture(self) -> Image.Image | None:
+        """The first picture itself."""
+        return self.image.decode() if isinstance(self.image, PictureFile) else self.image
+
+    def decoded(self, max_file_pixels: int = 0) -> "Conversation":
+        """
+        The same with the pictures themselves in the place of files, but for those of so many pixels at most.
+
+        Raises:
+            ValueError: If one cannot be read.
+        """
+        image, *others = (_decode(picture, max_file_pixels) for picture in self.images or (None,))
+        return replace(self, image=image, others=tuple(others))
 
     def messages(self) -> list[dict[str, Any]]:
         """The turns as chat templates of transformers take them; the pictures themselves are passed beside them."""
@@ -79,6 +97,12 @@ class Conversation:
         if self.text_first:
             messages[0]["content"].reverse()  # the pictures are alike
         return messages
+
+
+def _decode(picture: Image.Image | PictureFile | None, max_file_pixels: int) -> Image.Image | PictureFile | None:
+    if isinstance(picture, PictureFile) and picture.size[0] * picture.size[1] > max_file_pixels:
+        return picture.decode()
+    return picture
 
 
 @dataclass(frozen=True)
@@ -181,9 +205,11 @@ class Designer(ABC):
 
     Attributes:
         name (`str`, *optional*): By which a pipeline's config names the designer, `None` where it cannot.
+        max_file_pixels (`int`): Up to which area it takes pictures by their files; by default it takes none so.
     """
 
     name: str | None = None
+    max_file_pixels: int = 0
 
     def __init__(
         self,
@@ -207,6 +233,16 @@ class Designer(ABC):
     def settings(self) -> dict[str, Any]:
         """What the words depend on besides picture and instruction, without keys and addresses that are secret."""
         return {"designer": type(self).__name__, "max_new_tokens": self.max_new_tokens}
+
+    def prepare(self, conversation: Conversation) -> Conversation:
+        """
+        Does of [`~Designer.write`] what can be done before there is a place for a conversation: pictures are decoded,
+        or what is sent is put together. It may be called from several threads, and need not be called.
+
+        Raises:
+            ValueError: If a picture cannot be read.
+        """
+        return conversation.decoded(self.max_file_pixels)
 
     @abstractmethod
     def write(

@@ -56,7 +56,7 @@ class FunctionDesigner(Designer):
     ) -> Iterator[tuple[int, Draft | DesignError]]:
         for index, conversation in enumerate(conversations):
             try:
-                text = self.function(conversation.image, conversation.instruction)
+                text = self.function(conversation.picture, conversation.instruction)
             except DesignError as error:
                 yield index, error
                 continue

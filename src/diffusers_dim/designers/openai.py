@@ -26,9 +26,11 @@ import re
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,6 +38,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from PIL import Image
 
+from ..files import PictureFile
 from .designer import Conversation, Designer, DesignError, Draft, OnText
 
 
@@ -64,8 +67,10 @@ ENCODERS = 8
 _NEW_LIMIT_HOSTS = (".openai.com", ".openai.azure.com")
 
 
-def encode_data_url(image: Image.Image, max_pixels: int) -> str:
-    """An RGB picture as a JPEG in a data URL, shrunk to that area if it is larger."""
+def encode_data_url(image: Image.Image | PictureFile, max_pixels: int) -> str:
+    """A file as it is in a data URL; an RGB picture as a JPEG, shrunk to that area if it is larger."""
+    if isinstance(image, PictureFile):
+        return f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
     scale = math.sqrt(max_pixels / (image.width * image.height))
     if scale < 1:
         size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
@@ -76,21 +81,123 @@ def encode_data_url(image: Image.Image, max_pixels: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
+@dataclass(frozen=True)
+class _Prepared(Conversation):
+    """A conversation with what is sent of it: JSON but for the last brace."""
+
+    body: bytes = b""
+
+
+class _CallersError(Exception):
+    """What a caller's `on_text` raised. Not that itself, which the event loop might take for its own."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+
+class _Session:
+    """
+    An event loop in a thread of its own, and in it a client and threads that prepare pictures, for calls that overlap.
+    In a loop alone a time limit holds for a whole request, and those under way are cancelled at once.
+    """
+
+    def __init__(self, make_client: "Callable[[SSLContext], AsyncOpenAI]", tls_context: "SSLContext"):
+        self.tls_context = tls_context
+        self.client = make_client(tls_context)
+        self.encoders = ThreadPoolExecutor(min(ENCODERS, os.cpu_count() or 1))
+        self.users = 0
+        self.loop = asyncio.new_event_loop()
+        self._left = asyncio.Event()
+        self.thread = threading.Thread(target=self._run, name="OpenAIDesigner", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._wait())
+
+    async def _wait(self) -> None:
+        async with self.client:
+            await self._left.wait()
+
+    def begin(self, work: Coroutine[Any, Any, None], put: Callable[[Any], Any]) -> Callable[[], Any]:
+        """Has the loop do some work, with `put(task)` at its end. Returns what cancels it."""
+        begun: list[asyncio.Task[None]] = []
+
+        def begin() -> None:
+            begun.append(self.loop.create_task(work))
+            begun[0].add_done_callback(put)
+
+        self.loop.call_soon_threadsafe(begin)
+        return lambda: self.loop.call_soon_threadsafe(lambda: begun[0].cancel())
+
+    def end(self) -> None:
+        self.encoders.shutdown()
+        self.loop.call_soon_threadsafe(self._left.set)
+        if self.thread is not threading.current_thread():  # garbage may be collected in any thread
+            self.thread.join()
+
+
+class _Sessions:
+    """
+    Has one session as long as calls overlap, and none between them. Made anew where it is copied, pickled or forked:
+    threads, locks and connections are not taken along.
+    """
+
+    def __init__(self) -> None:
+        self._start()
+
+    def __reduce__(self) -> tuple[type["_Sessions"], tuple[()]]:
+        return type(self), ()
+
+    def _start(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.RLock()  # garbage that holds a call may be collected anywhere, also in here
+        self._session: _Session | None = None
+        # Each takes 20 ms to make. Of one session at a time: a connection sets it up anew, while another may read it.
+        self._tls_contexts: list[SSLContext] = []
+
+    def enter(self, make_client: "Callable[[SSLContext], AsyncOpenAI]") -> _Session:
+        import httpx2
+
+        if self._process != os.getpid():
+            self._start()
+        with self._lock:
+            while True:
+                if self._session is None:
+                    tls_context = self._tls_contexts.pop() if self._tls_contexts else httpx2.create_ssl_context()
+                    self._session = _Session(make_client, tls_context)
+                session = self._session
+                session.users += 1
+                if session is self._session:
+                    return session
+
+    def leave(self, session: _Session) -> None:
+        with self._lock:
+            session.users -= 1
+            if session.users:
+                return
+            self._session = None
+        session.end()
+        self._tls_contexts.append(session.tls_context)
+
+
 class OpenAIDesigner(Designer):
     r"""
     A model behind a chat-completions server writes the blueprints. Needs `pip install 'diffusers-dim[openai]'`.
 
-    Each picture is sent as a JPEG of quality 95 with full colour resolution, before the text of its turn. Answers are
-    streamed. A request is repeated, with exponential back-off or after the server's `Retry-After`, at HTTP 408, 409,
-    429 and 5xx, at a broken connection, at the time limit and at an answer that is no valid JSON. An empty answer and
-    a refusal are asked for once more, as a blueprint that lacks parts is, and then a [`DesignError`] with the model's
-    words. A server that nobody can reach, refuses the key or lacks the model ends the whole run.
+    Each picture is sent as a JPEG of quality 95 with full colour resolution, before the text of its turn; those of
+    the data engine and of benchmarks as their own files, where they are PNG, JPEG or WebP. Answers are streamed. A
+    request is repeated, with exponential back-off or after the server's `Retry-After`, at HTTP 408, 409, 429 and 5xx,
+    at a broken connection, at the time limit and at an answer that is no valid JSON. An empty answer and a refusal are
+    asked for once more, as a blueprint that lacks parts is, and then a [`DesignError`] with the model's words. A
+    server that nobody can reach, refuses the key or lacks the model ends the whole run.
 
     Caches and the data engine keep answers by the model's name and what is sent with it, not by the server's address:
     the same model at another port or host is not asked anew. Another model under the same name needs another cache,
     and the engine another folder.
 
-    It may be called from several threads at once. Nothing is left running between calls, so there is nothing to close.
+    It may be called from several threads at once; calls that overlap share connections. Nothing is left running
+    between calls, so there is nothing to close.
 
     Args:
         model (`str`): The model's name at the server; at Azure OpenAI the deployment's.
@@ -179,11 +286,7 @@ class OpenAIDesigner(Designer):
         self.max_image_pixels = max_image_pixels
         self._count_tokens = True
         self._answers = 0  # how many there were so far
-        # Each takes 20 ms to make. Of one call at a time: a connection sets it up anew, while another may read it.
-        self._tls_contexts: list[SSLContext] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tls_contexts": []}  # they cannot be pickled or copied
+        self._sessions = _Sessions()
 
     def __repr__(self) -> str:
         return f"OpenAIDesigner(model={self.model!r}, host={self.host!r})"
@@ -193,56 +296,46 @@ class OpenAIDesigner(Designer):
         names = ("model", "temperature", "seed", "max_image_pixels")
         return super().settings | {name: getattr(self, name) for name in names}
 
+    @property
+    def max_file_pixels(self) -> int:
+        return self.max_image_pixels
+
+    def prepare(self, conversation: Conversation) -> Conversation:
+        conversation = super().prepare(conversation)
+        # Without the pictures, which are in the body and would be held twice.
+        told = (conversation.turns, None, conversation.instruction)
+        return _Prepared(*told, body=self._body(conversation))
+
     def write(
         self, conversations: Sequence[Conversation], on_text: OnText
     ) -> Iterator[tuple[int, Draft | DesignError]]:
-        # The requests run in an event loop of their own thread: there alone a time limit holds for a whole request,
-        # and those under way are cancelled at once when the caller stops.
-        answers: SimpleQueue[tuple[int, Draft | DesignError] | BaseException | None] = SimpleQueue()
-        loop = asyncio.new_event_loop()
-        asking = loop.create_task(self._ask_all(conversations, on_text, answers.put))
-
-        def ask() -> None:
-            end: BaseException | None = None
-            try:
-                with asyncio.Runner(loop_factory=lambda: loop) as runner:
-                    runner.get_loop().run_until_complete(asking)
-            except BaseException as error:  # it is the caller's, also if it is a KeyboardInterrupt of `on_text`
-                end = error
-            answers.put(end)
-
-        thread = threading.Thread(target=ask, name="OpenAIDesigner", daemon=True)
-        thread.start()
+        answers: SimpleQueue[tuple[int, Draft | DesignError] | asyncio.Task[None]] = SimpleQueue()
+        session = self._sessions.enter(self._make_client)
+        process = os.getpid()
+        cancel = session.begin(self._ask_all(session, conversations, on_text, answers.put), answers.put)
+        answer: tuple[int, Draft | DesignError] | asyncio.Task[None] | None = None
         try:
             while isinstance(answer := answers.get(), tuple):
                 yield answer
-            if answer is not None:
-                raise answer
+            try:
+                answer.result()
+            except _CallersError as error:
+                raise error.error from None
         finally:
-            # At the interpreter's end the thread stands still, and there is nobody to wait for.
-            if not sys.is_finalizing():
-                with suppress(RuntimeError):  # the loop is closed
-                    loop.call_soon_threadsafe(asking.cancel)
-                if thread is not threading.current_thread():  # garbage may be collected in any thread
-                    thread.join()
+            # At the interpreter's end the thread stands still, and in a forked process it is not.
+            if not sys.is_finalizing() and process == os.getpid():
+                cancel()
+                if session.thread is not threading.current_thread():  # garbage may be collected in any thread
+                    while not isinstance(answer, asyncio.Task):
+                        answer = answers.get()
+                    _ = answer.cancelled() or answer.exception()  # else it is told on stderr
+                self._sessions.leave(session)
 
-    async def _ask_all(self, conversations: Sequence[Conversation], on_text: OnText, put: Callable[..., None]) -> None:
+    def _make_client(self, tls_context: "SSLContext") -> "AsyncOpenAI":
         import httpx2
         import openai
 
-        waiting = iter(enumerate(conversations))
-
-        async def work() -> None:
-            for index, conversation in waiting:
-                # Not in the loop's own threads, where looking up a host would have to wait until all are prepared.
-                preparing = asyncio.get_running_loop().run_in_executor(encoders, self._request, conversation)
-                put((index, await self._answer(client, await preparing, conversation, partial(on_text, index))))
-
-        try:
-            tls_context = self._tls_contexts.pop()
-        except IndexError:
-            tls_context = httpx2.create_ssl_context()
-        client = openai.AsyncOpenAI(
+        return openai.AsyncOpenAI(
             base_url=self._address,
             api_key=self._api_key,
             default_query=self._query,
@@ -252,25 +345,46 @@ class OpenAIDesigner(Designer):
             # `concurrency` is the limit: a wait for a connection would be taken for the server's.
             http_client=openai.DefaultAsyncHttpxClient(verify=tls_context, limits=httpx2.Limits()),
         )
-        encoders = ThreadPoolExecutor(min(ENCODERS, os.cpu_count() or 1))
+
+    async def _ask_all(
+        self, session: _Session, conversations: Sequence[Conversation], on_text: OnText, put: Callable[..., None]
+    ) -> None:
+        waiting = iter(enumerate(conversations))
+
+        def tell(index: int, text: str) -> None:
+            try:
+                on_text(index, text)
+            except BaseException as error:  # also a KeyboardInterrupt
+                raise _CallersError(error) from None
+
+        async def work() -> None:
+            for index, conversation in waiting:
+                # Not in the loop's own threads, where looking up a host would have to wait until all are prepared.
+                if isinstance(conversation, _Prepared):
+                    body = conversation.body
+                else:
+                    body = await session.loop.run_in_executor(session.encoders, self._body, conversation)
+                put((index, await self._answer(session.client, body, conversation, partial(tell, index))))
+
         try:
-            with encoders:
-                async with client, asyncio.TaskGroup() as group:
-                    for _ in range(min(self.concurrency, len(conversations))):
-                        group.create_task(work())
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self.concurrency, len(conversations))):
+                    group.create_task(work())
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        finally:
-            self._tls_contexts.append(tls_context)
 
     async def _answer(
-        self, client: "AsyncOpenAI", request: dict[str, Any], conversation: Conversation, tell: Callable[[str], Any]
+        self, client: "AsyncOpenAI", body: bytes, conversation: Conversation, tell: Callable[[str], Any]
     ) -> Draft | DesignError:
         """The answer to one conversation, asked until there is one."""
         import httpx2
         import openai
+        from openai.types.chat import ChatCompletion
 
-        create = client.chat.completions.with_streaming_response.create
+        # As client.chat.completions.with_streaming_response.create() does with a dict, but that would look through
+        # megabytes of pictures for what has to be escaped.
+        options: Any = {"headers": {"X-Stainless-Raw-Response": "stream"}}
+        ask = partial(client.post, "/chat/completions", cast_to=ChatCompletion, options=options)
         reached = False
         asked = failed = 0
         answers = self._answers
@@ -278,12 +392,16 @@ class OpenAIDesigner(Designer):
             pause = BACKOFF_SECONDS * 2 ** min(asked, 5) * random.uniform(0.5, 1)
             failure: APIError | None = None
             status: int | None = None
-            usage = {"stream_options": {"include_usage": True}} if self._count_tokens else {}
+            counted = self._count_tokens
+            usage = b', "stream_options": {"include_usage": true}}' if counted else b"}"
             try:
                 async with asyncio.timeout(self.timeout):
-                    async with create(**request, **usage) as answering:
-                        reached = True
+                    answering: Any = await ask(content=body + usage)
+                    reached = True
+                    try:
                         answer = await self._read(answering.http_response, tell, again=len(conversation.turns) > 1)
+                    finally:
+                        await answering.close()
                 if answer is not None:
                     self._answers += 1
                     return answer
@@ -301,7 +419,7 @@ class OpenAIDesigner(Designer):
                 status, words = _status(failure), self._words(failure)
                 reached |= status is not None
                 problem = words if status is None else f"HTTP {status}: {words}"
-                if usage and "stream_options" in words:
+                if counted and "stream_options" in words:
                     self._count_tokens, pause = False, 0.0
                 elif failure.code == "insufficient_quota" or not (status in (None, 408, 409, 429) or status >= 500):
                     refused = await self._refused(client, status, failure)
@@ -344,6 +462,18 @@ class OpenAIDesigner(Designer):
         request["max_completion_tokens" if new else "max_tokens"] = self.max_new_tokens
         options = {"temperature": self.temperature, "seed": self.seed}
         return request | {name: value for name, value in options.items() if value is not None}
+
+    def _body(self, conversation: Conversation) -> bytes:
+        """The same as JSON, but for the last brace."""
+        request = self._request(conversation)
+        content, mark, urls = request["messages"][0]["content"], uuid.uuid4().hex, []
+        for part in content if isinstance(content, list) else ():
+            if part["type"] == "image_url":
+                urls.append(part["image_url"]["url"])
+                part["image_url"]["url"] = mark
+        # Data URLs have nothing to be escaped; to look for it would take as long as all else.
+        pieces = json.dumps(request).removesuffix("}").split(mark)
+        return "".join(part for pair in zip(pieces, [*urls, ""]) for part in pair).encode()
 
     async def _read(self, response: "Response", tell: Callable[[str], Any], again: bool) -> Draft | DesignError | None:
         """An answer as it comes in; `None` if it ends without a reason: then it was cut, which may look whole."""

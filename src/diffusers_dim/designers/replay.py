@@ -114,7 +114,7 @@ class ReplayDesigner(Designer):
         self, conversations: Sequence[Conversation], on_text: OnText
     ) -> Iterator[tuple[int, Draft | DesignError]]:
         for index, conversation in enumerate(conversations):
-            text = self._find(conversation.image, conversation.instruction.strip())
+            text = self._find(conversation.picture, conversation.instruction.strip())
             if text is None:
                 of = "" if conversation.image is None else " of this picture"
                 message = f"{self.jsonl} holds no blueprint for {conversation.instruction!r}{of}."

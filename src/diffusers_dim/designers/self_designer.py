@@ -136,7 +136,8 @@ class SelfDesigner(Designer):
     ) -> Iterator[tuple[int, Draft | DesignError]]:
         places: dict[tuple[int, int] | None, list[int]] = {}
         for place, conversation in enumerate(conversations):
-            size = None if conversation.image is None else (conversation.image.height, conversation.image.width)
+            picture = conversation.picture
+            size = None if picture is None else (picture.height, picture.width)
             if conversation.others or conversation.text_first:
                 yield place, DesignError("The pipeline's own model is asked about one picture, before the text.")
                 continue
@@ -172,7 +173,7 @@ class SelfDesigner(Designer):
             prefix = None
         else:
             inputs = processor.encode_continuation(turns, add_generation_prompt=True, padding_side="left").to(device)
-            prefix = self._get_prefix([conversation.image for conversation in conversations], size, device)
+            prefix = self._get_prefix([conversation.picture for conversation in conversations], size, device)
             # Padding between picture and text is left out by the mask, and positions are counted past it.
             inputs["input_ids"] = torch.cat([prefix.input_ids, inputs["input_ids"]], dim=1)
             inputs["attention_mask"] = torch.cat([torch.ones_like(prefix.input_ids), inputs["attention_mask"]], dim=1)

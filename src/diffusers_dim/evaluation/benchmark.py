@@ -15,6 +15,7 @@
 
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # The published setting.
 SIZE, STEPS, GUIDANCE_SCALE, SEED = 1024, 30, 7.5, 233
+LEFT_OUT = "left out by --limit"  # the reason of such cases that they have no score
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,31 @@ class Scores:
             return cls(figures=figures, cases=cases, **read)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds no scores of a run: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    The object in a JSON file.
+
+    Raises:
+        ValueError: If the file cannot be read, holds something else, or a key comes twice in an object of it.
+    """
+    try:
+        # The last of two of one name would win without a word.
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} has to be a JSON object, but is {str(found)[:80]}.")
+    return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the keys {sorted(name for name, count in counts.items() if count > 1)} come twice.")
+    return found
 
 
 def refuse(where: Any, problems: Sequence[str]) -> None:

@@ -76,6 +76,8 @@ class VIEScoreQuestion(Step):
         prompt (`str`): What is asked, with `<instruction>` in it for semantics.
     """
 
+    version = 2  # the first one showed JPEGs made of the files
+
     def __init__(self, name: Literal["semantics", "quality"], prompt: str):
         self.name = name
         self.prompt = prompt
@@ -85,8 +87,9 @@ class VIEScoreQuestion(Step):
         return super().settings | {"prompt": self.prompt}
 
     def conversation(self, sample: EngineSample) -> Conversation:
-        source, edit = sample.pictures
-        edit = edit.resize(source.size, Image.Resampling.BICUBIC)
+        source, edit = sample.shown
+        if edit.size != source.size:
+            edit = sample.pictures[-1].resize(source.size, Image.Resampling.BICUBIC)
         pictures = (source, edit) if self.name == "semantics" else (edit,)
         prompt = self.prompt.replace(INSTRUCTION, sample.instruction)
         return Conversation((prompt,), pictures[0], sample.instruction, others=pictures[1:], text_first=True)

@@ -26,7 +26,7 @@ from typing import Any
 from ..data.engine.records import EngineSample, Step
 from ..designers import Conversation
 from ..files import write_lines
-from .benchmark import Answers, Benchmark, Case, CaseScore, Figure, Scores, refuse
+from .benchmark import Answers, Benchmark, Case, CaseScore, Figure, Scores, read_json, refuse
 from .judging import without_thoughts
 from .statistics import mean_interval, mean_of_means_interval
 
@@ -51,6 +51,7 @@ class ImgEditQuestion(Step):
     """
 
     name = "score"
+    version = 2  # the first one showed JPEGs made of the files
 
     def __init__(self, prompts: Mapping[str, str]):
         self.prompts = prompts
@@ -65,7 +66,7 @@ class ImgEditQuestion(Step):
 
     def conversation(self, sample: EngineSample) -> Conversation:
         prompt = self.prompts[sample.columns["edit_type"]].replace(INSTRUCTION, sample.instruction)
-        source, edit = sample.pictures
+        source, edit = sample.shown
         return Conversation((prompt,), source, sample.instruction, others=(edit,), text_first=True)
 
     def read(self, text: str, sample: EngineSample) -> dict[str, Any]:
@@ -126,7 +127,7 @@ class ImgEdit(Benchmark):
     def read_cases(self) -> list[Case]:
         path = self._find(0)
         rows, problems = {}, []
-        for key, row in _read_json(path).items():
+        for key, row in read_json(path).items():
             if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in FIELDS):
                 problems.append(f"{key!r}: has to have {', '.join(FIELDS)} as texts, but is {str(row)[:200]}")
                 continue
@@ -162,7 +163,7 @@ class ImgEdit(Benchmark):
         path = self._find(1)
         if not path.is_file():
             raise ValueError(f"{self.data} lacks the judge's prompts: put {path.name} into it.")
-        prompts = _read_json(path)
+        prompts = read_json(path)
         types = [group for group in self.groups if any(case.group == group for case in self.cases)]
         refuse(
             path,
@@ -215,25 +216,6 @@ class ImgEdit(Benchmark):
         texts = {key: (answers or {})[key].texts[ImgEditQuestion.name] for key in scored}
         folder.mkdir(parents=True, exist_ok=True)
         write_lines(folder / RESULTS, [json.dumps(texts, indent=4)])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        # The last of two of one name would win without a word.
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} has to be a JSON object, but is {str(found)[:80]}.")
-    return found
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the keys {sorted({name for name in names if names.count(name) > 1})} come twice.")
-    return found
 
 
 def _score_case(case: Case, answer: Answers | None) -> CaseScore:

@@ -20,14 +20,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..data.engine.engine import Budget, DataEngine, Prices
 from ..data.engine.records import EngineSample, Step, answer_key, content_key, repair_key
 from ..data.engine.store import Answer, Ledger
 from ..designers import Designer
 from ..designers.blueprint import strip_thoughts
-from ..files import read_jsonl, read_picture
+from ..files import read_jsonl
 from .benchmark import Answers, Benchmark, Case
 from .generation import check_pictures
 
@@ -53,7 +51,7 @@ class CaseSample(EngineSample):
 
     def __init__(self, case: Case, pictures: Path):
         source = case.judged_image or case.image
-        self.paths = [*([] if source is None else [source]), pictures / case.files[0]]
+        self.paths = (*(() if source is None else (source,)), pictures / case.files[0])
         super().__init__(
             id=case.key,
             target=b"",
@@ -69,10 +67,10 @@ class CaseSample(EngineSample):
         """As [`EngineSample.key`], of the files where they lie."""
         return content_key((path.read_bytes() for path in self.paths), self.instruction)
 
-    @cached_property
-    def pictures(self) -> tuple[Image.Image, ...]:
-        """Source and edit, or the picture alone, in RGB."""
-        return tuple(read_picture(path) for path in self.paths)
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """As [`EngineSample.files`], where they lie."""
+        return self.paths
 
 
 class _Samples(Sequence[CaseSample]):

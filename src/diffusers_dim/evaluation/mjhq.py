@@ -35,10 +35,13 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from ..files import read_picture, written_aside
-from .benchmark import Answers, Benchmark, Case, CaseScore, Figure, Scores, refuse
+from .benchmark import Answers, Benchmark, Case, CaseScore, Figure, Scores, read_json, refuse
+from .embedding import PictureEmbedder
 
 
 SIDE = 299  # of pictures as Inception v3 takes them, in pixels
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+OTHER_FEATURES = "Or name a CLIP or DINOv2 model by --features, for a distance that is no FID."
 Resize = Literal["clean", "legacy_pytorch"]
 
 _SAFE_KEY = re.compile(r"(?!\.)[\w.-]+")
@@ -66,9 +69,11 @@ class MJHQ(Benchmark):
         resize (`"clean"` or `"legacy_pytorch"`, defaults to `"clean"`):
             How pictures are brought to 299x299, by clean-fid's names: PIL's bicubic with antialiasing, as clean-fid
             does, or PyTorch's bilinear without, as pytorch-fid does. Unlike there, both then round to 8 bits.
-        features (`torch.nn.Module`, *optional*):
-            What makes features of pictures, uint8 of shape (batch, 3, 299, 299) to (batch, features); torchmetrics'
-            Inception v3 with 2,048 features by default, whose weights torch-fidelity downloads.
+        features (`str` or `torch.nn.Module`, *optional*):
+            What makes features of pictures: a CLIP or DINOv2 model by its folder or Hub repository id, see
+            [`PictureEmbedder`]; or a module, of uint8 of shape (batch, 3, side, side) to (batch, features), where
+            `side` is its own, else 299. By default torchmetrics' Inception v3 with 2,048 features, whose weights
+            torch-fidelity downloads. With another network the figures are Fréchet distances, but no FID.
         batch_size (`int`, defaults to 64): Pictures at once.
         device (`str` or `torch.device`, *optional*): Where features are made; a GPU by default, where there is one.
     """
@@ -83,7 +88,7 @@ class MJHQ(Benchmark):
         self,
         data: str | Path,
         resize: Resize = "clean",
-        features: torch.nn.Module | None = None,
+        features: str | torch.nn.Module | None = None,
         batch_size: int = 64,
         device: str | torch.device | None = None,
     ):
@@ -93,6 +98,7 @@ class MJHQ(Benchmark):
             raise ValueError(f"`batch_size` has to be at least 1, but is {batch_size}.")
         self.resize = resize
         self.features = features
+        self.side = SIDE
         self.batch_size = batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         super().__init__(data)
@@ -105,25 +111,17 @@ class MJHQ(Benchmark):
 
     def read_cases(self) -> list[Case]:
         path = self.data / "meta_data.json"
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-        # Objects as tuples of their pairs, so that an id that is there twice is seen.
-        rows = [(key, dict(row)) for key, row in read if isinstance(row, tuple)] if isinstance(read, tuple) else []
-        if not rows or len(rows) < len(read):
+        rows = read_json(path)
+        if not rows or not all(isinstance(row, dict) for row in rows.values()):
             raise ValueError(f"{path} has to be a JSON object of an object for each picture, by its id.")
-        problems, cases, seen = [], [], set()
+        problems, cases = [], []
         there = {
             group: set(os.listdir(folder)) for group in self.groups if (folder := self.references / group).is_dir()
         }
-        for key, row in rows:
+        for key, row in rows.items():
             category, prompt = row.get("category"), row.get("prompt")
             if not _SAFE_KEY.fullmatch(key):
                 problems.append(f"{key!r}: an id has to be letters, digits, dots, - and _")
-            if key in seen:
-                problems.append(f"{key!r} is there twice")
-            seen.add(key)
             if not isinstance(prompt, str) or not prompt.strip():
                 problems.append(f"{key}: there is no prompt")
             if category not in self.groups:
@@ -160,30 +158,38 @@ class MJHQ(Benchmark):
         sets = {"overall": list(features.values())} | {group: [pair] for group, pair in features.items()}
         figures = {name: self._figure(pairs) for name, pairs in tqdm(sets.items(), desc="FID", disable=None)}
         scores = [CaseScore(case.key, case.group, None) for case in self.cases]
-        return Scores(self.name, run | {"fid": what}, figures, scores, judge, lower_is_better=True)
+        made_by = {} if self.features is None else {"features": getattr(network, "name", type(network).__name__)}
+        return Scores(self.name, run | {"fid": what} | made_by, figures, scores, judge, lower_is_better=True)
 
     def _network(self) -> tuple[torch.nn.Module, str]:
         """What makes features, and the FID's protocol in words."""
         try:
             from torchmetrics.image.fid import FrechetInceptionDistance
 
-            network = self.features
+            network = PictureEmbedder(self.features) if isinstance(self.features, str) else self.features
             if network is None:
                 network = FrechetInceptionDistance(feature=2048).inception
         except (ImportError, RuntimeError) as error:  # the second of a torchvision for another torch
             raise ImportError(
                 "FID is computed by torchmetrics with torch-fidelity's Inception v3: `pip install torchmetrics "
-                f"torch-fidelity torchvision` ({error})."
+                f"torch-fidelity torchvision` ({' '.join(str(error).split())}). {OTHER_FEATURES}"
             ) from error
         except OSError as error:
-            raise ImportError(f"The weights of Inception v3 cannot be downloaded: {error}") from error
+            if self.features is not None:
+                raise ValueError(f"--features {self.features}: {' '.join(str(error).split())}") from error
+            raise ImportError(
+                f"The weights of Inception v3 cannot be downloaded ({error}): put {WEIGHTS}, of torch-fidelity's"
+                f" release v0.2.0, into {Path(torch.hub.get_dir(), 'checkpoints')}. {OTHER_FEATURES}"
+            ) from error
+        self.side = getattr(network, "side", SIDE)
         digest = hashlib.sha256()
         for name, tensor in network.state_dict().items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         version = importlib.metadata.version("torchmetrics")
-        name = f"{type(network).__name__} {digest.hexdigest()[:16]}"
-        return network.to(self.device).eval(), f"torchmetrics {version}, {name}, {self.resize} resize to {SIDE}x{SIDE}"
+        name = f"{getattr(network, 'name', type(network).__name__)} {digest.hexdigest()[:16]}"
+        resize = f"{self.resize} resize to {self.side}x{self.side}"
+        return network.to(self.device).eval(), f"torchmetrics {version}, {name}, {resize}"
 
     def _make_features(
         self, network: torch.nn.Module, what: str, paths: Sequence[Path], kept: Path, progress: tqdm
@@ -213,18 +219,18 @@ class MJHQ(Benchmark):
         return features
 
     def _read(self, path: Path) -> torch.Tensor:
-        """A picture as uint8 of shape (3, 299, 299)."""
-        image = read_picture(path)
+        """A picture as uint8 of shape (3, side, side)."""
+        image, size = read_picture(path), (self.side, self.side)
         if self.resize == "clean":
             # Each channel by itself in floats, so that nothing is rounded between PIL's two passes.
             sizes = [
-                np.asarray(Image.fromarray(channel).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+                np.asarray(Image.fromarray(channel).resize(size, Image.Resampling.BICUBIC))
                 for channel in np.asarray(image, dtype=np.float32).transpose(2, 0, 1)
             ]
             resized = torch.from_numpy(np.stack(sizes))
         else:
             pixels = torch.from_numpy(np.array(image, dtype=np.float32).transpose(2, 0, 1))
-            resized = functional.interpolate(pixels[None], (SIDE, SIDE), mode="bilinear", align_corners=False)[0]
+            resized = functional.interpolate(pixels[None], size, mode="bilinear", align_corners=False)[0]
         return resized.round().clamp(0, 255).to(torch.uint8)
 
     def _figure(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Figure:

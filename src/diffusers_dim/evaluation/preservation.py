@@ -33,6 +33,7 @@ from ..data.engine.pictures import change_mask
 from ..files import read_picture
 from ..image_processor import DIMImageProcessor
 from .benchmark import Figure, refuse
+from .embedding import PictureEmbedder
 from .statistics import mean_interval
 
 
@@ -290,26 +291,17 @@ def _load_embedding(kind: Literal["dino", "clip"], model: str | None, device: to
     """One minus the cosine of two pictures' embeddings, with the mean colour in the place of all but the area."""
     if model is None:
         raise ImportError(f"no model is given by --{kind}.")
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel
-
-    found = AutoConfig.from_pretrained(model).model_type
-    if not found.startswith(kind):
-        raise ValueError(f"--{kind} {model}: has to be a {kind.upper()} model, but is a {found}.")
-    processor = AutoImageProcessor.from_pretrained(model)
-    network = AutoModel.from_pretrained(model, use_safetensors=True).to(device).eval()
-    side = (processor.crop_size["width"], processor.crop_size["height"])
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (processor.image_mean, processor.image_std))
-
-    def embed(pixels: torch.Tensor) -> torch.Tensor:
-        output = network.get_image_features(pixel_values=pixels) if kind == "clip" else network(pixel_values=pixels)
-        return output.pooler_output
+    embedder = PictureEmbedder(model, device)
+    if not embedder.kind.startswith(kind):
+        raise ValueError(f"--{kind} {model}: has to be a {kind.upper()} model, but is a {embedder.kind}.")
+    side, mean, std = (embedder.side, embedder.side), embedder.mean.cpu(), embedder.std.cpu()
 
     @torch.no_grad()
     def distance(first: Image.Image, second: Image.Image, area: Image.Image) -> float:
         # The whole picture, without the processors' crop, which may cut the area off.
         shown = torch.from_numpy(np.array(area.resize(side, Image.Resampling.BOX))) / 255
         pictures = [_tensor(picture.resize(side, Image.Resampling.BICUBIC)) for picture in (first, second)]
-        embeddings = embed((torch.cat([(picture - mean) / std for picture in pictures]) * shown).to(device))
+        embeddings = embedder.embed((torch.cat([(picture - mean) / std for picture in pictures]) * shown).to(device))
         return max(0.0, 1 - torch.cosine_similarity(embeddings[0].double(), embeddings[1].double(), dim=0).item())
 
     return distance

@@ -26,8 +26,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 
 from ..files import read_picture, write_lines, written_aside
-from .benchmark import Case, CaseScore, Figure, Scores
-from .paper import PAPER, PaperTable, published
+from .benchmark import LEFT_OUT, Case, CaseScore, Figure, Scores
+from .paper import PAPER, PaperRow, PaperTable, published
 from .sheets import FAINT, FRAME, INK, SheetRow, draw_sheet
 from .statistics import FLIPS, RESAMPLES, Agreement, Comparison, Difference, agreement, compare
 
@@ -90,7 +90,7 @@ def write_report(
     _new_plot(1, 1)
     for folder in ("sheets", "plots"):
         (output / folder).mkdir(parents=True, exist_ok=True)
-    run, about = scores[0].run, _about(scores[0].benchmark)
+    run, about = scores[0].run, _about(scores[0])
     sheets = _draw_sheets(output / "sheets", scores[0], cases, pictures, blueprints or {}, per_group)
     plots = {"by group": output / "plots" / "by_group.png"}
     _save_plot(_plot_groups(scores), plots["by group"])
@@ -98,7 +98,8 @@ def write_report(
         plots["cases"] = output / "plots" / "histogram.png"
         _save_plot(_plot_histogram(scores), plots["cases"])
     pairs = [(a.judge, b.judge, agreement(a, b)) for a, b in itertools.combinations(scores, 2)]
-    tables = PAPER.get(scores[0].benchmark) or (PaperTable(about.title, _columns(scores[0]), (), "", ""),)
+    tables = PAPER.get(scores[0].benchmark, ()) if _is_as_published(scores[0]) else ()
+    tables = tables or (PaperTable(about.title, _columns(scores[0]), (), "", ""),)
 
     def inside(path: Path) -> str:
         return path.relative_to(output).as_posix()
@@ -110,7 +111,7 @@ def write_report(
         [f"![Scores by group]({inside(plots['by group'])})"],
         [f"![Scores of cases]({inside(plots['cases'])})"] if "cases" in plots else [],
         *([f"## Beside the paper: {_markdown(t.title)}", "", *_paper_table(scores, t)] for t in tables if t.rows),
-        _further_table(scores),
+        _further_tables(scores),
         _agreement_table(pairs),
         [
             "## Settings",
@@ -166,7 +167,7 @@ def write_comparison(a: Scores, b: Scores, path: Path, found: Comparison | None 
     found = found or compare(a, b)
     if not found.overall.pairs:
         raise ValueError("The runs cannot be compared case by case: no case has a score in both.")
-    title, digits = _about(a.benchmark).title, _digits([a, b])
+    title, digits = _about(a).title, _digits([a, b])
     differences = {**found.groups, "overall": found.overall}
     _save_plot(_plot_differences(differences, a, b), path.with_suffix(".png"))
     rows = [
@@ -218,7 +219,7 @@ def model_index(scores: Sequence[Scores], task: str) -> ModelCardData:
         scores (`Sequence[Scores]`): Of one run, one a judge.
         task (`str`): The Hub's name of it, "image-to-image" or "text-to-image".
     """
-    about = _about(scores[0].benchmark)
+    about = _about(scores[0])
     results = [
         EvalResult(
             task_type=task,
@@ -254,8 +255,23 @@ def _check(scores: Sequence[Scores], cases: Sequence[Case]) -> None:
             )
 
 
-def _about(benchmark: str) -> _About:
-    return ABOUT.get(benchmark, _About(benchmark, benchmark, benchmark))
+def _about(scores: Scores) -> _About:
+    name = scores.benchmark
+    about = ABOUT.get(name, _About(name, name, name))
+    if _is_as_published(scores):
+        return about
+    title = f"{about.title}, Fréchet distance by {scores.run['features']}"
+    return about._replace(title=title, metric="frechet-distance")
+
+
+def _is_as_published(scores: Scores) -> bool:
+    """Whether the figures are of the published kind: of MJHQ-30K not, where others than Inception's features count."""
+    return "features" not in scores.run
+
+
+def _published_row(scores: Scores) -> PaperRow | None:
+    """What the paper has for Draw-In-Mind with this designer."""
+    return published(scores.benchmark, _designer(scores.run)) if _is_as_published(scores) else None
 
 
 def _model(run: Mapping[str, Any]) -> str:
@@ -372,18 +388,20 @@ def _judged(scores: Scores) -> str:
 
 def _scores_table(scores: Sequence[Scores]) -> list[str]:
     """Groups and the overall figure, a judge after the other, beside Draw-In-Mind's published row."""
-    digits, row = _digits(scores), published(scores[0].benchmark, _designer(scores[0].run))
+    digits, row = _digits(scores), _published_row(scores[0])
     head = ["group"]
     for judged in scores:
         head += [f"score, {_markdown(judged.judge)}" if len(scores) > 1 else "score", "95% interval", "cases"]
     if row:
         head.append(f"{_markdown(row.model)}, published")
-    body = []
-    for name in _columns(scores[0]):
+    body, columns = [], _columns(scores[0])
+    values = [judged.figures[name].value for judged in scores for name in columns]
+    places = max(len(_number(value).partition(".")[2]) for value in values)  # the same in all rows
+    for name in columns:
         cells = [_markdown(name)]
         for judged in scores:
             figure = judged.figures[name]
-            cells += [_number(figure.value), _interval(figure.low, figure.high, digits), _of(figure)]
+            cells += [_rounded(figure.value, places), _interval(figure.low, figure.high, digits), _of(figure)]
         if row:
             cells.append(_published(row.figures.get(name)))
         body.append([_bold(cell) if cell != NOTHING else cell for cell in cells] if name == "overall" else cells)
@@ -416,18 +434,40 @@ def _paper_table(scores: Sequence[Scores], table: PaperTable) -> list[str]:
     return [*_table(head, rows, left=2), "", f"{table.note} Read at <{table.source}>."]
 
 
-def _further_table(scores: Sequence[Scores]) -> list[str]:
-    """The figures that are neither of a group nor overall."""
-    digits = _digits(scores)
-    rows = [
-        (_markdown(name), _markdown(judged.judge), _number(one.value), _interval(one.low, one.high, digits), _of(one))
-        for judged in scores
-        for columns in (_columns(judged),)
-        for name, one in judged.figures.items()
-        if name not in columns
-    ]
-    head = ("figure", "judge", "value", "95% interval", "cases")
-    return ["## Further figures", "", *_table(head, rows, left=2)] if rows else []
+def _further_tables(scores: Sequence[Scores]) -> list[str]:
+    """
+    The figures that are neither of a group nor overall: those such as "quality/subject-add" in a table of groups by
+    measures a judge, all others in a list.
+    """
+    digits, lines = _digits(scores), []
+    rows = []
+    for judged in scores:
+        columns, measures = _columns(judged), dict[str, dict[str, Figure]]()
+        for name, figure in judged.figures.items():
+            measure, _, group = name.rpartition("/")
+            if measure and group in columns:
+                measures.setdefault(measure, {})[group] = figure
+            elif name not in columns:
+                interval = _interval(figure.low, figure.high, digits)
+                rows.append((_markdown(name), _markdown(judged.judge), _number(figure.value), interval, _of(figure)))
+        if measures:
+            body = [
+                [_markdown(group), *(_counted(found.get(group), digits) for found in measures.values())]
+                for group in columns
+            ]
+            lines += [f"Judged by {_markdown(judged.judge)}:", ""] if len(scores) > 1 else []
+            lines += [*_table(["group", *map(_markdown, measures)], body), ""]
+    if rows:
+        lines += _table(("figure", "judge", "value", "95% interval", "cases"), rows, left=2)
+    return ["## Further figures", "", *lines] if lines else []
+
+
+def _counted(figure: Figure | None, digits: int) -> str:
+    """All of a figure in a cell."""
+    if figure is None:
+        return NOTHING
+    interval = "" if figure.low is None else f" ({_interval(figure.low, figure.high, digits)})"
+    return f"{_number(figure.value)}{interval}, {_of(figure)}"
 
 
 def _agreement_table(pairs: Sequence[tuple[str, str, Agreement]]) -> list[str]:
@@ -458,15 +498,21 @@ def _agreement_table(pairs: Sequence[tuple[str, str, Agreement]]) -> list[str]:
 
 
 def _unscored_table(scores: Sequence[Scores], prompts: Mapping[str, str]) -> list[str]:
+    left_out = {case.key for judged in scores for case in _unscored(judged) if case.reason == LEFT_OUT}
+    told = [f"{len(left_out):,} cases were left out by --limit."] if left_out else []
     rows = [
         [case.key, case.group, judged.judge, _short(prompts[case.key]), _short(case.reason) or "no reason given"]
         for judged in scores
         for case in _unscored(judged)
+        if case.reason != LEFT_OUT
     ]
+    if not rows and told:
+        return told
     if not rows:
         return ["None." if _scores_cases(scores[0]) else "Cases have no scores of their own in this benchmark."]
     head = ("case", "group", "judge", "prompt", "reason")
-    return _table(head, [[_markdown(cell) for cell in row] for row in rows], left=len(head))
+    told += [""] if told else []
+    return [*told, *_table(head, [[_markdown(cell) for cell in row] for row in rows], left=len(head))]
 
 
 # LaTeX
@@ -522,14 +568,16 @@ def _draw_sheets(
     """A sheet a group: its best cases and its worst, or its first ones where no case has a score."""
     judged, sheets = {case.key: case for case in scores.cases}, {}
     by_case = _scores_cases(scores)
-    for group in dict.fromkeys(case.group for case in cases):
+    for group in dict.fromkeys([*_columns(scores)[:-1], *(case.group for case in cases)]):
         members = [case for case in cases if case.group == group]
         ranked = [case for case in members if judged[case.key].score is not None]
         # Of equal scores the first case comes first.
         ranked.sort(key=lambda case: judged[case.key].score, reverse=not scores.lower_is_better)
-        best = ranked[:per_group]
-        worst = ranked[: per_group - 1 : -1][:per_group]
-        shown = [("best", case) for case in best] + [("worst", case) for case in worst]
+        if len(ranked) <= 2 * per_group:
+            shown = [("score", case) for case in ranked]
+        else:
+            shown = [("best", case) for case in ranked[:per_group]]
+            shown += [("worst", case) for case in ranked[: -per_group - 1 : -1]]
         painted = (case for case in members if all((pictures / file).exists() for file in case.files))
         shown = shown or [("", case) for case in itertools.islice(painted, per_group)]
         if not shown:
@@ -596,7 +644,7 @@ def _plain(text: str) -> str:
 
 def _plot_groups(scores: Sequence[Scores]) -> "Plot":
     """A point a group and judge with its interval, and Draw-In-Mind's published figures."""
-    columns, row = _columns(scores[0]), published(scores[0].benchmark, _designer(scores[0].run))
+    columns, row = _columns(scores[0]), _published_row(scores[0])
     plot, axes = _new_plot(8, 1.4 + 0.42 * len(columns))
     for nth, judged in enumerate(scores):
         shift = 0.18 * (nth - (len(scores) - 1) / 2)
@@ -615,7 +663,7 @@ def _plot_groups(scores: Sequence[Scores]) -> "Plot":
         axes.plot([row.figures[columns[i]] for i in places], places, "D", mfc="none", color=FAINT, label=label)
     counts = [" / ".join(dict.fromkeys(_of(judged.figures[name]) for judged in scores)) for name in columns]
     _name_rows(axes, [f"{_plain(name)}  ({count})" for name, count in zip(columns, counts)])
-    about = _about(scores[0].benchmark)
+    about = _about(scores[0])
     axes.set_title(f"{about.title}: {_plain(_model(scores[0].run))}", color=INK, loc="left")
     axes.set_xlabel("score, lower is better" if scores[0].lower_is_better else "score", color=FAINT)
     if axes.get_legend_handles_labels()[0]:
@@ -643,7 +691,7 @@ def _plot_histogram(scores: Sequence[Scores]) -> "Plot":
     colors = [COLORS[i % len(COLORS)] for i in range(len(scores))]
     labels = [_plain(f"{judged.judge or _model(judged.run)}, {len(of)} cases") for judged, of in zip(scores, values)]
     axes.hist(values, bins=edges, color=colors, label=labels, rwidth=0.9)
-    axes.set_title(f"{_about(scores[0].benchmark).title}: scores of cases", color=INK, loc="left")
+    axes.set_title(f"{_about(scores[0]).title}: scores of cases", color=INK, loc="left")
     axes.set_xlabel("score, lower is better" if scores[0].lower_is_better else "score", color=FAINT)
     axes.set_ylabel("cases", color=FAINT)
     if axes.get_legend_handles_labels()[0]:
@@ -667,7 +715,7 @@ def _plot_differences(differences: Mapping[str, Difference], a: Scores, b: Score
             axes.plot([one.low, one.high], [place] * 2, color=color, linewidth=2.5, alpha=0.45)
         axes.plot(one.value, place, "o", color=color, mfc=color if apart else "white")
     _name_rows(axes, [f"{_plain(name)}  ({one.pairs})" for name, one in differences.items()])
-    axes.set_title(f"{_about(a.benchmark).title}: B - A", color=INK, loc="left")
+    axes.set_title(f"{_about(a).title}: B - A", color=INK, loc="left")
     better = ", lower is better" if a.lower_is_better else ""
     axes.set_xlabel(f"difference of means{better}; filled where the 95% interval leaves out 0", color=FAINT)
     return plot

@@ -33,7 +33,7 @@ from diffusers_dim.data.engine.engine import REPAIR_PROMPT, WINDOW, Budget, Data
 from diffusers_dim.data.engine.filters import Tiny
 from diffusers_dim.data.engine.records import EngineSample
 from diffusers_dim.data.engine.store import EDIT_COLUMNS
-from diffusers_dim.designers import DesignError, Draft, FunctionDesigner
+from diffusers_dim.designers import Conversation, DesignError, Draft, FunctionDesigner
 
 
 @pytest.fixture
@@ -639,3 +639,35 @@ def test_arguments_make_sense_or_are_refused(folder):
 def test_pairs_and_single_pictures_do_not_mix(folder):
     with pytest.raises(ValueError, match="Sample 'a' is no pair"):
         make(folder, [pair(0), EngineSample("a", picture((1, 2, 3)))])
+
+
+def test_a_place_that_is_free_is_taken_at_once(tmp_path):
+    """Of eight places, seven stay taken until a ninth question has come."""
+    ninth, asked = threading.Event(), []
+
+    def answer(conversation):
+        asked.append(conversation)
+        if len(asked) == 9:
+            ninth.set()
+        if len(asked) > 1:
+            assert ninth.wait(20)
+
+    summary = make(tmp_path, [pair(number) for number in range(9)], RuleJudge(8, rule=answer), edit_steps()[:1])
+    assert summary.kept == 9
+
+
+def test_a_judge_that_takes_no_files_is_shown_pictures(tmp_path):
+    shown = []
+
+    class Show(Ask):
+        def conversation(self, sample):
+            return Conversation((f"{self.name}: {sample.instruction}",), sample.shown[0], others=sample.shown[1:])
+
+    def look(conversation):
+        shown.append([type(picture).__name__ for picture in conversation.images])
+
+    judge = RuleJudge(rule=look)
+    make(tmp_path / "pictures", [pair(0)], judge, [Show("assess", "assessment")])
+    judge.max_file_pixels = 8 * 8
+    make(tmp_path / "files", [pair(1)], judge, [Show("assess", "assessment")])
+    assert shown == [["Image"] * 2, ["PictureFile"] * 2]

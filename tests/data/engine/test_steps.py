@@ -262,7 +262,8 @@ def test_the_judge_of_an_edit_sees_source_and_target_in_this_order():
     for step in EDIT_STEPS:
         conversation = step().conversation(edit())
 
-        assert [image.getpixel((0, 0)) for image in conversation.images] == [(0, 0, 255), (255, 0, 0)]
+        assert tuple(image.data for image in conversation.images) == edit().files
+        assert [image.decode().getpixel((0, 0)) for image in conversation.images] == [(0, 0, 255), (255, 0, 0)]
         assert conversation.instruction == "Make it red."
         assert len(conversation.turns) == 1 and "Make it red." in conversation.turns[0]
 

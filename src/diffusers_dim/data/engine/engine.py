@@ -26,13 +26,14 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...designers import Designer, DesignError, Draft
+from ...designers import Conversation, Designer, DesignError, Draft
 from ...designers.designer import ask_again, describe_cut
 from ...files import remove_leftovers, write_lines
 from .filters import Filter
@@ -47,8 +48,10 @@ Answer once more, in exactly the form that was asked for, and write nothing else
 
 # How many samples may be under way, for each conversation in flight: the rest waits for those before it in order.
 WINDOW = 4
-# The part of a judge's places that has to be free before it is called again, so that each call fills several.
-CALL_SHARE = 4
+# How many threads decode and look at the samples that come next.
+READERS = 2
+# How many conversations are made ready before there is a place for them.
+PREPARED = 4
 
 FILTER, CHECK = "filter", "check"  # stages that are no step
 JUDGE_FAILED, UNREADABLE_ANSWER = "judge failed", "unreadable answer"  # reasons; the first one is not final
@@ -186,6 +189,7 @@ class _Job:
     step: int = 0
     key: str = ""  # of the answer that comes next
     turns: tuple[str, ...] = ()  # the unusable answer, and what was said to it
+    prepared: "Future[Conversation] | None" = None
     answers: dict[str, Answer] = field(default_factory=dict)
     state: str = ""
     stage: str = ""
@@ -241,18 +245,19 @@ class _Meter:
 
     def exceeded(self, step: str, pending: Counter[str]) -> str | None:
         """Which part of the budget one more call might exceed, with the calls that are under way."""
-        budget, names = self.budget, [*pending.elements(), step]
-        if budget.calls is not None and self.spent["calls"] + len(names) > budget.calls:
+        budget, count = self.budget, pending.total() + 1
+        if budget.calls is not None and self.spent["calls"] + count > budget.calls:
             return f"calls: {budget.calls}"
         spent = {"tokens": self.spent["tokens"] + self.spent["prompt_tokens"], "money": self.spent["money"]}
+        counts = pending + Counter([step])  # without those of which none is under way
         for unit in ("tokens", "money"):
             limit = getattr(budget, unit)
             if limit is None:
                 continue
-            unknown = any(name not in self.largest for name in names)
-            cost = sum(self.largest[name][unit] for name in names if name in self.largest)
+            unknown = any(name not in self.largest for name in counts)
+            cost = sum(number * self.largest[name][unit] for name, number in counts.items() if name in self.largest)
             # A probe of unknown cost goes alone.
-            if spent[unit] >= limit or spent[unit] + cost > limit or (unknown and len(names) > 1):
+            if spent[unit] >= limit or spent[unit] + cost > limit or (unknown and count > 1):
                 return f"{unit}: {limit}"
         return None
 
@@ -532,6 +537,9 @@ class _Flow:
         self.ledger = ledger
         self.meter = _Meter(ledger, engine.budget, engine.prices)
         self.source: Iterator[EngineSample] = iter(samples)
+        # What remembers nothing is called ahead and in threads, in which pictures are decoded.
+        self.filters_ahead = list(takewhile(_is_frozen, self.filters))
+        self.coming: deque[tuple[EngineSample, Future[str | None]]] = deque()
         self.reached = reached  # how many samples a run before has gone through
         self.taken = 0
         self.exhausted = False
@@ -547,13 +555,18 @@ class _Flow:
 
     def __iter__(self) -> Iterator[_Job]:
         # Leaving it waits for the calls under way, also after an error or Ctrl-C: they are paid for.
-        with ThreadPoolExecutor(self.concurrency if self.takes_many else 1) as pool:
+        calls = ThreadPoolExecutor(self.concurrency if self.takes_many else 1)
+        with calls as pool, ThreadPoolExecutor(READERS) as readers:
             while True:
                 limit = self.meter.budget.seconds
                 if limit is not None and self.meter.seconds() >= limit and self.stopped is None:
                     self._stop(f"seconds: {limit}")
-                took = self._take()
+                took = self._take(readers)
                 self._call(pool, filling=took)
+                # What comes next is made ready while there is no place for it.
+                for _, job in heapq.nsmallest(PREPARED, self.ready):
+                    if job.prepared is None:
+                        job.prepared = readers.submit(self._prepare, job)
                 if self.calls and not took:
                     self._handle(self.results.get())
                 while not self.results.empty():
@@ -564,21 +577,24 @@ class _Flow:
                 if self.exhausted and not self.window:
                     return
 
-    def _take(self) -> bool:
+    def _take(self, readers: ThreadPoolExecutor) -> bool:
         """Takes in the next sample, if there is one and room for it."""
         # After the budget's end as far as a run before came, so that what that had finished stays.
         self.exhausted |= self.stopped is not None and self.taken >= self.reached
         full = len(self.window) >= WINDOW * self.concurrency or len(self.ready) >= self.concurrency
         if self.exhausted or full:
             return False
-        given = next(self.source, None)
-        if given is None:
+        while len(self.coming) <= READERS and (given := next(self.source, None)) is not None:
+            sample = copy.copy(given)
+            sample.columns = dict(given.columns)
+            for name in ("id", "instruction", "image_path", "image_path_target"):
+                setattr(sample, name, _plain(str(getattr(sample, name))))
+            self.coming.append((sample, readers.submit(_look_at, sample, self.filters_ahead)))
+        if not self.coming:
             self.exhausted = True
             return False
-        sample = copy.copy(given)
-        sample.columns = dict(given.columns)
-        for name in ("id", "instruction", "image_path", "image_path_target"):
-            setattr(sample, name, _plain(str(getattr(sample, name))))
+        sample, looking = self.coming.popleft()
+        why = looking.result()
         _digest(self.digest, sample)
         job = _Job(self.taken, sample)
         self.taken += 1
@@ -588,27 +604,22 @@ class _Flow:
                 f"Sample {sample.id!r} is {'no' if self.is_pair else 'a'} pair of pictures, unlike others."
             )
         self.is_pair = sample.source is not None
-        if not self._dropped(job, FILTER, self.filters):
+        why = why or _find_reason(sample, self.filters[len(self.filters_ahead) :])
+        if not self._dropped(job, FILTER, why):
             self._advance(job)
         return True
 
-    def _dropped(self, job: _Job, stage: str, filters: Sequence[Filter]) -> bool:
-        for item in filters:
-            try:
-                why = item(job.sample)
-            except ValueError as error:  # of a picture that cannot be read, where nothing drops it before
-                why = f"unreadable: {error}"
-            if why:
-                reason, _, details = why.partition(": ")
-                job.end("dropped", stage, reason, details)
-                return True
-        return False
+    def _dropped(self, job: _Job, stage: str, why: str | None) -> bool:
+        if why:
+            reason, _, details = why.partition(": ")
+            job.end("dropped", stage, reason, details)
+        return bool(why)
 
     def _advance(self, job: _Job) -> None:
         """Takes a sample as far as the answers go that are there."""
         while not job.state:
             if job.step == len(self.steps):
-                if not self._dropped(job, CHECK, self.checks):
+                if not self._dropped(job, CHECK, _find_reason(job.sample, self.checks)):
                     job.end("kept")
                 return
             step = self.steps[job.step]
@@ -630,9 +641,8 @@ class _Flow:
                 continue
             job.sample.columns.update(columns)
             why = step.drop_reason(job.sample, columns)
-            if why:
-                reason, _, details = why.partition(": ")
-                job.end("dropped", step.name, reason, details or json.dumps(columns, ensure_ascii=False))
+            if self._dropped(job, step.name, why) and not job.details:
+                job.details = json.dumps(columns, ensure_ascii=False)
             job.step, job.key, job.turns = job.step + 1, "", ()
 
     def _read(self, step: Step, sample: EngineSample, text: str, finished: bool) -> tuple[dict[str, Any] | None, str]:
@@ -656,15 +666,14 @@ class _Flow:
             heapq.heappush(self.ready, (job.place, job))
 
     def _call(self, pool: ThreadPoolExecutor, filling: bool) -> None:
-        """Calls the judge for what is ready, in calls that fill many places each."""
+        """
+        Calls the judge for what is ready: one that takes many as soon as a place is free, any other one for as many
+        at once as there are.
+        """
         while self.ready:
-            in_flight = self.pending.total()
-            free = self.concurrency - in_flight if self.takes_many or not self.calls else 0
+            free = self.concurrency - self.pending.total() if self.takes_many or not self.calls else 0
             size = min(free, self.width, len(self.ready))
-            few = free < max(1, self.concurrency // CALL_SHARE) or (
-                filling and len(self.ready) < min(free, self.width)
-            )
-            if size <= 0 or few:
+            if size <= 0 or (filling and not self.takes_many and size < min(free, self.width)):
                 return
             jobs: list[_Job] = []
             while len(jobs) < size:
@@ -682,16 +691,20 @@ class _Flow:
             self.calls[call] = set(jobs)
             call.add_done_callback(self.results.put)
 
+    def _prepare(self, job: _Job) -> Conversation:
+        conversation = self.steps[job.step].conversation(job.sample)
+        return self.judge.prepare(replace(conversation, turns=conversation.turns + job.turns))
+
     def _ask(self, jobs: list[_Job]) -> None:
         """Has the judge answer, in a thread of its own. Each answer is in the ledger before it is reported."""
         conversations, asked = [], []
         for job in jobs:
             try:
-                conversation = self.steps[job.step].conversation(job.sample)
+                prepared, job.prepared = job.prepared, None
+                conversations.append(self._prepare(job) if prepared is None else prepared.result())
             except ValueError as error:
                 self.results.put((job, error))
                 continue
-            conversations.append(replace(conversation, turns=conversation.turns + job.turns))
             asked.append(job)
         if not asked:
             return
@@ -753,6 +766,28 @@ class _Flow:
             for waiting in self.wanted.pop(job.key):
                 waiting.end("unfinished")
         self.ready.clear()
+
+
+def _look_at(sample: EngineSample, filters: Sequence[Filter]) -> str | None:
+    """What can be found out of a sample by itself: its key, and why it is dropped."""
+    sample.key  # noqa: B018 it stays in it
+    return _find_reason(sample, filters)
+
+
+def _find_reason(sample: EngineSample, filters: Sequence[Filter]) -> str | None:
+    """Why the first of the filters that drops a sample does so, `None` if all let it pass."""
+    for item in filters:
+        try:
+            why = item(sample)
+        except ValueError as error:  # of a picture that cannot be read, where nothing drops it before
+            why = f"unreadable: {error}"
+        if why:
+            return why
+    return None
+
+
+def _is_frozen(item: Filter) -> bool:
+    return is_dataclass(item) and item.__dataclass_params__.frozen
 
 
 def _ignore(index: int, text: str) -> None:

@@ -29,7 +29,6 @@ from PIL import Image
 
 from ...designers import Blueprint
 from ...files import READ_ERRORS
-from .pictures import reduce_picture
 from .records import EngineSample
 
 
@@ -263,7 +262,7 @@ class NearDuplicate:
 
     @staticmethod
     def _fingerprint(sample: EngineSample) -> tuple[np.ndarray, np.ndarray]:
-        first, *rest = map(reduce_picture, sample.pictures)
+        first, *rest = sample.reduced
         grey = _shrink(first.convert("L"), (9, 8))
         # Two levels more, so that noise on an even ground makes no bits.
         bits = grey[:, 1:] - grey[:, :-1] > 2

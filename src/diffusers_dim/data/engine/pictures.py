@@ -14,6 +14,7 @@
 """Pictures made small enough to be compared quickly, and where two differ."""
 
 import math
+from collections.abc import Sequence
 
 from PIL import Image, ImageChops, ImageFilter
 
@@ -26,7 +27,12 @@ def reduce_picture(image: Image.Image) -> Image.Image:
     return image.reduce(math.ceil(max(image.size) / WORK_SIDE))
 
 
-def change_mask(source: Image.Image, target: Image.Image, threshold: int = 16) -> Image.Image:
+def change_mask(
+    source: Image.Image,
+    target: Image.Image,
+    threshold: int = 16,
+    reduced: Sequence[Image.Image] | None = None,
+) -> Image.Image:
     """
     Where two pictures differ: both are smoothed at a longer side of at most 256 pixels, where JPEG's noise averages
     out, and compared channel by channel.
@@ -35,15 +41,14 @@ def change_mask(source: Image.Image, target: Image.Image, threshold: int = 16) -
         source (`PIL.Image.Image`): An RGB picture.
         target (`PIL.Image.Image`): Another, which is resized to the source's size if it has not that.
         threshold (`int`, defaults to 16): By how many levels of 255 one of the channels has to differ.
+        reduced (`Sequence[PIL.Image.Image]`, *optional*): Both by [`reduce_picture`], where they are there already.
 
     Returns:
         An "L" picture of the source's size, 255 where they differ and 0 elsewhere.
     """
-    first = reduce_picture(source)
-    # Of the same size both are reduced alike, pixel by pixel.
-    second = (
-        reduce_picture(target) if target.size == source.size else target.resize(first.size, Image.Resampling.BILINEAR)
-    )
+    first, second = reduced or (reduce_picture(source), reduce_picture(target))
+    if target.size != source.size:  # else both are reduced alike, pixel by pixel
+        second = target.resize(first.size, Image.Resampling.BILINEAR)
     first, second = (image.filter(ImageFilter.BoxBlur(1)) for image in (first, second))
     red, green, blue = ImageChops.difference(first, second).split()
     most = ImageChops.lighter(ImageChops.lighter(red, green), blue)

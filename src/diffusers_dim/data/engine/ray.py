@@ -64,8 +64,8 @@ class _Worker:
         takes_many = getattr(self.judge, "concurrency", 1) > 1
         self._turn: AbstractContextManager[Any] = nullcontext() if takes_many else threading.Lock()
 
-    def facts(self) -> tuple[dict[str, Any], int]:
-        return self.judge.settings, self.judge.max_new_tokens
+    def facts(self) -> tuple[dict[str, Any], int, int]:
+        return self.judge.settings, self.judge.max_new_tokens, self.judge.max_file_pixels
 
     def write(self, conversations: Sequence[Conversation]) -> Iterator[tuple[int, Draft | DesignError]]:
         with self._turn:
@@ -123,7 +123,7 @@ class RayJudge(Designer):
         self._workers = [self._worker.remote(make_judge) for _ in range(workers)]
         self._load = [0] * workers  # conversations that each has
         try:
-            self._settings, max_new_tokens = ray.get(self._workers[0].facts.remote())
+            self._settings, max_new_tokens, self.max_file_pixels = ray.get(self._workers[0].facts.remote())
         except RayActorError as error:
             self.close()
             why = str(error).strip().splitlines()[-1]  # of the worker's whole traceback
@@ -354,6 +354,7 @@ class RayLLMJudge(Designer):
             raise ValueError(f"`config` has to be one of vLLM or of HTTP requests, but is a {type(config).__name__}.")
         self.config, self.model = config, model
         self.temperature, self.seed, self.max_image_pixels = temperature, seed, max_image_pixels
+        self.max_file_pixels = max_image_pixels
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -478,11 +479,11 @@ class _Waiting(_Flow):
 
 
 class _Told(Designer):
-    """Says once more what a judge failed at, by the turns it was asked with."""
+    """Says once more what a judge failed at, by what it was asked."""
 
     def __init__(self, judge: RayLLMJudge, errors: dict[int, DesignError]):
         super().__init__(max_new_tokens=judge.max_new_tokens)
-        self.judge, self.errors = judge, errors
+        self.judge, self.errors, self.max_file_pixels = judge, errors, judge.max_file_pixels
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -493,7 +494,7 @@ class _Told(Designer):
     ) -> Iterator[tuple[int, Draft | DesignError]]:
         unknown = DesignError("The judge gave neither an answer nor a reason.")
         for index, conversation in enumerate(conversations):
-            yield index, self.errors.get(hash(conversation.turns), unknown)
+            yield index, self.errors.get(_hash(self.judge.row("", conversation)), unknown)
 
 
 class RayLLMEngine(DataEngine):
@@ -504,7 +505,7 @@ class RayLLMEngine(DataEngine):
     [`DataEngine`] makes of these answers, and the ledger is kept alike: batches are in it as they come back, and a run
     that was killed is started again in the same way and asks for nothing that came back.
 
-    While a pass runs, Ray's object store holds the pictures of its samples, as JPEG; where they are more than its
+    While a pass runs, Ray's object store holds the pictures of its samples, as files; where they are more than its
     memory, it puts them on the driver's disk.
 
     Args:
@@ -562,7 +563,7 @@ class RayLLMEngine(DataEngine):
         limit = self.budget.seconds
         while True:
             flow = _Waiting(self, ledger, samples, 0)
-            asked: dict[str, tuple[str, int]] = {}  # by key, the step and the turns' hash
+            asked: dict[str, tuple[str, int]] = {}  # by key, the step and the row's hash
             came, last = 0, time.monotonic()
             with tqdm(desc="Answers", disable=not progress) as bar:
                 for batch in self._batches.answer(self._rows(flow, asked, failed)):
@@ -570,10 +571,10 @@ class RayLLMEngine(DataEngine):
                     came += len(batch)
                     seconds, last = (time.monotonic() - last) / len(batch), time.monotonic()
                     for key, draft in batch:
-                        step, turns = asked.pop(key)
+                        step, row_hash = asked.pop(key)
                         if isinstance(draft, DesignError):
                             failed.add(key)
-                            told.errors[turns] = draft
+                            told.errors[row_hash] = draft
                             continue
                         answered += 1
                         # What it means is read by who comes to it next.
@@ -601,10 +602,12 @@ class RayLLMEngine(DataEngine):
         def prepare(job: _Job) -> tuple[int, dict[str, str]] | None:
             try:
                 conversation = self.steps[job.step].conversation(job.sample)
+                conversation = self._batches.prepare(conversation)
             except ValueError:  # of a picture that cannot be read; the engine itself drops it later
                 return None
             conversation = replace(conversation, turns=conversation.turns + job.turns)
-            return hash(conversation.turns), self._batches.row(job.key, conversation)
+            row = self._batches.row(job.key, conversation)
+            return _hash(row), row
 
         room = None if self.budget.calls is None else self.budget.calls - flow.meter.spent["calls"] - len(failed)
         seen = set(failed)
@@ -616,9 +619,14 @@ class RayLLMEngine(DataEngine):
                     if prepared is None:
                         failed.add(job.key)
                     else:
-                        turns, row = prepared
-                        asked[job.key] = (self.steps[job.step].name, turns)
+                        row_hash, row = prepared
+                        asked[job.key] = (self.steps[job.step].name, row_hash)
                         yield row
+
+
+def _hash(row: dict[str, str]) -> int:
+    """Of all that is asked, pictures too."""
+    return hash(row["messages"])
 
 
 def _once(flow: _Waiting, seen: set[str]) -> Iterator[_Job]:

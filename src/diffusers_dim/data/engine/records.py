@@ -19,13 +19,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ...designers import Conversation
-from ...files import read_picture
-from .pictures import change_mask
+from ...files import PictureFile, open_picture, read_picture
+from .pictures import change_mask, reduce_picture
 
 
 @dataclass
@@ -56,21 +57,35 @@ class EngineSample:
         """What the sample is by its content, whatever its name: sha256 over both files and the instruction."""
         return content_key([self.source or b"", self.target], self.instruction)
 
+    @property
+    def files(self) -> tuple[bytes | Path, ...]:
+        """The files of source and target, or of the picture alone."""
+        return (self.target,) if self.source is None else (self.source, self.target)
+
+    @property
+    def shown(self) -> tuple[Image.Image | PictureFile, ...]:
+        """What a judge is shown: the files as they are where everybody reads them alike, see [`open_picture`]."""
+        return tuple(map(open_picture, self.files))
+
     @cached_property
     def pictures(self) -> tuple[Image.Image, ...]:
         """Source and target, or the picture alone, in RGB."""
-        files = [self.target] if self.source is None else [self.source, self.target]
-        return tuple(read_picture(data) for data in files)
+        return tuple(map(read_picture, self.files))
+
+    @cached_property
+    def reduced(self) -> tuple[Image.Image, ...]:
+        """The same made small, see [`reduce_picture`]."""
+        return tuple(map(reduce_picture, self.pictures))
 
     @cached_property
     def changed(self) -> Image.Image:
         """The [`change_mask`] of source and target."""
         source, target = self.pictures
-        return change_mask(source, target)
+        return change_mask(source, target, reduced=self.reduced)
 
     def forget_pictures(self) -> None:
         """Frees what was decoded, which is far larger than the files."""
-        for name in ("pictures", "changed"):
+        for name in ("pictures", "reduced", "changed"):
             self.__dict__.pop(name, None)
 
 

@@ -238,7 +238,7 @@ def _answer(text: str) -> str:
 def _pair(prompt: str, sample: EngineSample, **values: str) -> Conversation:
     if sample.source is None:
         raise ValueError(f"{sample.id!r} has no source picture: edits need two pictures.")
-    source, target = sample.pictures
+    source, target = sample.shown
     return Conversation((_fill(prompt, **values),), source, sample.instruction, (target,))
 
 
@@ -251,6 +251,7 @@ class _PromptedStep(Step):
     """
 
     prompt: str
+    version = 2  # the first one showed JPEGs made of the files
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -447,7 +448,7 @@ class Caption(_PromptedStep):
             wanted=f"{', and after them '.join(parts)}:",
             layout="\n".join(layout),
         )
-        return Conversation((prompt,), sample.pictures[-1])
+        return Conversation((prompt,), sample.shown[-1])
 
     def read(self, text: str, sample: EngineSample) -> dict[str, Any]:
         labels = {aspect: re.escape(aspect).replace(r"\ ", r"\s").replace(r"\-", r"\s") for aspect in self.aspects}
