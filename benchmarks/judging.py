@@ -18,14 +18,15 @@
 
 A judge's server in a process of its own takes as long for each answer as a real one. What is timed is `judge_cases`
 over a miniature of ImgEdit with PNG files of the published size, and beside it a plain asyncio client, which reads the
-same files, sends them and keeps nothing. Both are compared with the judge's time: the number of cases by that of
-places, rounded up, times the seconds of an answer. The result goes to `benchmarks/results/judging.json` (of another
-preset to `judging_PRESET.json`).
+same files, sends them and keeps nothing. Imports do not count: one case is judged before. Both are compared with the
+judge's time: the number of cases by that of places, rounded up, times the seconds of an answer. The result goes to
+`benchmarks/results/judging.json` (of another preset to `judging_PRESET.json`).
 """
 
 import argparse
 import asyncio
 import base64
+import copy
 import dataclasses
 import io
 import json
@@ -51,7 +52,6 @@ from PIL import Image
 
 from bench import check_sections, run_sections
 from diffusers_dim import OpenAIDesigner
-from diffusers_dim.designers import Conversation
 from diffusers_dim.evaluation.imgedit import ImgEdit
 from diffusers_dim.evaluation.judging import judge_cases
 from measure import device_name, package_versions
@@ -223,9 +223,11 @@ def bench_judging(bench: JudgingBench) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch, judge_apart(bench.answer_seconds) as url:
         benchmark, edits = write_data(bench, Path(scratch))
 
-        def judge(run: int) -> None:
+        def judge(run: int | str, count: int | None = None) -> None:
+            some = copy.copy(benchmark)
+            some.cases = benchmark.cases[:count]
             client = OpenAIDesigner("judge", base_url=url, concurrency=bench.concurrency)
-            answers = judge_cases(benchmark, edits, client, Path(scratch, f"judged-{run}"), progress=False)
+            answers = judge_cases(some, edits, client, Path(scratch, f"judged-{run}"), progress=False)
             if any(answer.reason for answer in answers.values()):
                 raise RuntimeError(f"not all were judged: {next(filter(None, (a.reason for a in answers.values())))}")
 
@@ -233,8 +235,7 @@ def bench_judging(bench: JudgingBench) -> dict[str, Any]:
             "judge_cases": judge,
             "plain": lambda run: asyncio.run(ask_plainly(bench, benchmark, edits, url)),
         }
-        # The client's imports, which take seconds once, are no part of it.
-        list(OpenAIDesigner("judge", base_url=url).write([Conversation(("Hello?",))], lambda index, text: None))
+        judge("warm-up", 1)  # imports take a second or two, once
         measured: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "cpu": []} for name in variants}
         for run in range(bench.runs):
             for name in sorted(variants, reverse=bool(run % 2)):

@@ -56,14 +56,14 @@ SUBSTITUTIONS = {
     # Less of the same.
     "--count 200": "--count 10",
     "--count 256": "--count 16",
-    "--count 60": "--count 6",
+    "--count 60": "--count 3",
     "--max_train_steps 10 ": "--max_train_steps 2 ",
     "--train_batch_size 16 --max_train_steps 60 --checkpointing_steps 20": (
         "--train_batch_size 4 --max_train_steps 2 --checkpointing_steps 1"
     ),
-    "--validation_shapes 12 --validation_steps 30": "--validation_shapes 4 --validation_steps 2",
+    "--validation_shapes 12 --validation_steps 30": "--validation_shapes 2 --validation_steps 2",
     "validation/60.png": "validation/2.png",
-    "sample_edits(600,": "sample_edits(6,",
+    "sample_edits(600,": "sample_edits(2,",
 }
 
 

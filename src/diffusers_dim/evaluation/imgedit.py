@@ -55,11 +55,11 @@ class ImgEditQuestion(Step):
 
     def __init__(self, prompts: Mapping[str, str]):
         self.prompts = prompts
+        self._digest = hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()
 
     @property
     def settings(self) -> dict[str, Any]:
-        prompts = json.dumps(self.prompts, sort_keys=True).encode()
-        return super().settings | {"prompts": hashlib.sha256(prompts).hexdigest()}
+        return super().settings | {"prompts": self._digest}
 
     def depends_on(self, sample: EngineSample) -> Any:
         return sample.columns["edit_type"]
