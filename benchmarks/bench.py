@@ -15,9 +15,9 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 
@@ -93,6 +93,50 @@ def run_sections(
         gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def run_presets(
+    script: str,
+    description: str | None,
+    sections: dict[str, Callable[[Any], dict[str, Any]]],
+    presets: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    The command line of a benchmark whose presets are of one dataclass, with an option for each of its fields: runs
+    sections and prints the JSON's path. The preset "full" is the default one; `more` goes with the environment.
+    """
+    fields = dataclasses.fields(presets["full"])
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", help=f"Among {', '.join(sections)}; all by default.")
+    parser.add_argument("--preset", choices=presets, default="full")
+    parser.add_argument("--name", help="Of the JSON.")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="The JSON's folder.")
+    for field in fields:
+        several = get_origin(field.type) is tuple
+        parser.add_argument(
+            f"--{field.name}",
+            type=get_args(field.type)[0] if several else field.type,
+            nargs="+" if several else None,
+            help="In place of the preset's.",
+        )
+    args = parser.parse_args()
+    check_sections(parser, args.sections, sections)
+    given = {field.name: getattr(args, field.name) for field in fields if getattr(args, field.name) is not None}
+    bench = dataclasses.replace(presets[args.preset], **given)
+    environment = {
+        "command": shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
+        "device": device_name(bench.device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "preset": args.preset,
+        **dataclasses.asdict(bench),
+        "versions": package_versions(),
+        **(more or {}),
+    }
+    path = args.results / f"{args.name or (script if args.preset == 'full' else f'{script}_{args.preset}')}.json"
+    run_sections(sections, args.sections, bench, environment, path)
+    print(path)
 
 
 def rounded(result: Any) -> Any:

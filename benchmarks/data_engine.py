@@ -9,7 +9,6 @@ section with the command, versions and machine that it was measured with; `bench
 `docs/data.md` of them.
 """
 
-import argparse
 import concurrent.futures
 import copy
 import dataclasses
@@ -43,7 +42,7 @@ import pyarrow.parquet
 import torch
 from PIL import Image
 
-from bench import check_sections, run_sections
+from bench import run_presets
 from diffusers_dim import OpenAIDesigner
 from diffusers_dim.data.engine import EDIT_STEPS, AreasAgree, DataEngine, Length, default_filters
 from diffusers_dim.data.engine.filters import NearDuplicate
@@ -54,7 +53,7 @@ from diffusers_dim.designers import Blueprint, Conversation, Designer, Draft
 from diffusers_dim.files import read_jsonl
 from diffusers_dim.tiny.dataset import write_edits
 from diffusers_dim.tiny.judge import PROMPTS, JudgeServer, TinyJudge
-from measure import Unmeasured, device_name, measure, package_versions
+from measure import Unmeasured, measure, package_versions
 
 
 PACKAGES = ("pyarrow", "openai", "ray")  # besides those of every benchmark
@@ -510,33 +509,8 @@ SECTIONS: dict[str, Callable[[DataBench], dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", help=f"Among {', '.join(SECTIONS)}; all by default.")
-    parser.add_argument("--preset", choices=DATA_PRESETS, default="full")
-    parser.add_argument("--name", help="Of the JSON.")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="The JSON's folder.")
-    for field in dataclasses.fields(DataBench):
-        if field.name != "sizes":
-            parser.add_argument(f"--{field.name}", type=field.type, help="In place of the preset's.")
-    parser.add_argument("--sizes", type=int, nargs="+", help="In place of the preset's.")
-    args = parser.parse_args()
-    check_sections(parser, args.sections, SECTIONS)
-    names = [field.name for field in dataclasses.fields(DataBench)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    bench = dataclasses.replace(DATA_PRESETS[args.preset], **given)
-    environment = {
-        "command": shlex.join(["python", "benchmarks/data_engine.py", *sys.argv[1:]]),
-        "device": device_name(bench.device),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "preset": args.preset,
-        **dataclasses.asdict(bench),
-        "versions": package_versions() | {name: version for name in PACKAGES if (version := installed(name))},
-    }
-    default = "data_engine" if args.preset == "full" else f"data_engine_{args.preset}"
-    path = args.results / f"{args.name or default}.json"
-    run_sections(SECTIONS, args.sections, bench, environment, path)
-    print(path)
+    versions = package_versions() | {name: version for name in PACKAGES if (version := installed(name))}
+    run_presets("data_engine", __doc__, SECTIONS, DATA_PRESETS, {"versions": versions})
 
 
 def installed(name: str) -> str | None:

@@ -23,21 +23,17 @@ judge's time: the number of cases by that of places, rounded up, times the secon
 `benchmarks/results/judging.json` (of another preset to `judging_PRESET.json`).
 """
 
-import argparse
 import asyncio
 import base64
 import copy
-import dataclasses
 import io
 import json
 import math
 import multiprocessing
 import os
 import resource
-import shlex
 import socket
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -50,11 +46,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench import check_sections, run_sections
+from bench import run_presets
 from diffusers_dim import OpenAIDesigner
 from diffusers_dim.evaluation.imgedit import ImgEdit
 from diffusers_dim.evaluation.judging import judge_cases
-from measure import device_name, package_versions
 
 
 ANSWER = "Brief reasoning: done as asked.\nPrompt Compliance: 4\nVisual Naturalness: 4\nPhysical Integrity: 5"
@@ -266,28 +261,7 @@ SECTIONS: dict[str, Callable[[JudgingBench], dict[str, Any]]] = {"judging": benc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", help=f"Among {', '.join(SECTIONS)}; all by default.")
-    parser.add_argument("--preset", choices=JUDGING_PRESETS, default="full")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="The JSON's folder.")
-    for field in dataclasses.fields(JudgingBench):
-        parser.add_argument(f"--{field.name}", type=field.type, help="In place of the preset's.")
-    args = parser.parse_args()
-    check_sections(parser, args.sections, SECTIONS)
-    names = [field.name for field in dataclasses.fields(JudgingBench)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    bench = dataclasses.replace(JUDGING_PRESETS[args.preset], **given)
-    environment = {
-        "command": shlex.join(["python", "benchmarks/judging.py", *sys.argv[1:]]),
-        "device": device_name(bench.device),
-        "cores": os.cpu_count(),
-        "preset": args.preset,
-        **dataclasses.asdict(bench),
-        "versions": package_versions(),
-    }
-    path = args.results / ("judging.json" if args.preset == "full" else f"judging_{args.preset}.json")
-    run_sections(SECTIONS, args.sections, bench, environment, path)
-    print(path)
+    run_presets("judging", __doc__, SECTIONS, JUDGING_PRESETS)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ is a process of its own; clients are OpenAI's. Results go to `benchmarks/results
 `benchmarks/report.py` makes the table of `docs/serving.md` of them.
 """
 
-import argparse
 import base64
-import dataclasses
 import http.client
 import io
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import struct
@@ -41,10 +38,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench import check_sections, run_sections
+from bench import run_presets
 from diffusers_dim import TINY_SHAPES, DIMEditPipeline
 from diffusers_dim.tiny import sample_edits
-from measure import Unmeasured, device_name, measure, package_versions
+from measure import Unmeasured, measure
 
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "serve.py"
@@ -421,33 +418,9 @@ SECTIONS: dict[str, Callable[[ServingBench], dict[str, Any]]] = {"hostile": benc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", help=f"Among {', '.join(SECTIONS)}; all by default.")
-    parser.add_argument("--preset", choices=SERVING_PRESETS, default="full")
-    parser.add_argument("--name", help="Of the JSON.")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="The JSON's folder.")
-    for field in dataclasses.fields(ServingBench):
-        parser.add_argument(f"--{field.name}", type=field.type, help="In place of the preset's.")
-    args = parser.parse_args()
-    check_sections(parser, args.sections, SECTIONS)
-    names = [field.name for field in dataclasses.fields(ServingBench)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    bench = dataclasses.replace(SERVING_PRESETS[args.preset], **given)
     # The servers' threads, too: they are this process's children.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    environment = {
-        "command": shlex.join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
-        "device": device_name(bench.device),
-        "cores": os.cpu_count(),
-        "threads": int(os.environ["OMP_NUM_THREADS"]),
-        "preset": args.preset,
-        **dataclasses.asdict(bench),
-        "versions": package_versions(),
-    }
-    default = "serving" if args.preset == "full" else f"serving_{args.preset}"
-    path = args.results / f"{args.name or default}.json"
-    run_sections(SECTIONS, args.sections, bench, environment, path)
-    print(path)
+    run_presets("serving", __doc__, SECTIONS, SERVING_PRESETS)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
+from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_dim import DIMPipeline
+from diffusers_dim import DIMEditPipeline, DIMPipeline
 from diffusers_dim.loaders import convert_released_checkpoint
 
 
@@ -85,6 +86,28 @@ def edit_folder(golden_edit, tmp_path_factory) -> Path:
 def t2i_folder(golden_t2i, tmp_path_factory) -> Path:
     """The golden text-to-image model as a diffusers folder; not to be changed."""
     return convert_golden(golden_t2i, tmp_path_factory.mktemp("converted") / "t2i")
+
+
+@pytest.fixture(scope="session")
+def source(golden_edit) -> Image.Image:
+    """An RGB picture to edit."""
+    return Image.open(golden_edit.path / "source.png").convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def edit_pipe(edit_folder) -> DIMEditPipeline:
+    """Not to be changed."""
+    pipe = DIMEditPipeline.from_pretrained(edit_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def t2i_pipe(t2i_folder) -> DIMPipeline:
+    """Not to be changed."""
+    pipe = DIMPipeline.from_pretrained(t2i_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="session")

@@ -4,31 +4,8 @@ import copy
 
 import pytest
 import torch
-from PIL import Image
 
 from diffusers_dim import DIMEditPipeline, DIMPipeline
-
-
-@pytest.fixture(scope="session")
-def source(golden_edit) -> Image.Image:
-    """An RGB picture to edit."""
-    return Image.open(golden_edit.path / "source.png").convert("RGB")
-
-
-@pytest.fixture(scope="session")
-def edit_pipe(edit_folder) -> DIMEditPipeline:
-    """Not to be changed: see `own`."""
-    pipe = DIMEditPipeline.from_pretrained(edit_folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture(scope="session")
-def t2i_pipe(t2i_folder) -> DIMPipeline:
-    """Not to be changed: see `own`."""
-    pipe = DIMPipeline.from_pretrained(t2i_folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture(params=["edit", "t2i"])
