@@ -51,7 +51,7 @@ class App:
         return (self.folder / "log").read_text()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def app(tmp_path_factory):
     from chat_server import serve
 
@@ -97,7 +97,7 @@ def app(tmp_path_factory):
     assert not list(folder.glob("diffusers-dim-app-*"))  # what people uploaded is gone
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
@@ -110,7 +110,7 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def context(browser):
     """What pages have in common that are opened one after the other: the app's scripts are loaded once."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})

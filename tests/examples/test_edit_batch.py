@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli_runs import run_on_terminal
 from PIL import Image
 
 from diffusers_dim import TINY_SHAPES, DIMEditPipeline
@@ -121,7 +122,7 @@ def test_two_processes_give_the_files_of_one(unbroken, edits, tmp_path):
     launch = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--dynamo_backend", "no"]
     command += [str(SCRIPT), *arguments(edits, tmp_path / "two")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = run_on_terminal(command)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "4/4" in result.stderr  # of the seven
     assert contents(tmp_path / "two") == contents(unbroken)
