@@ -192,7 +192,9 @@ def test_who_leaves_frees_the_painter(visitor, visit):
     leaver.page.click("#edit")
     leaver.page.wait_for_selector("#stage .previews img")
     leaver.page.goto("about:blank")
+    visitor.page.bring_to_front()  # a page behind another one may be late to take what is filled in
     visitor.choose_steps(2)
+    visitor.page.wait_for_timeout(500)
     visitor.press("edit")  # would else wait longer than it does
     assert "2 steps" in visitor.note
 
