@@ -30,8 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_dim import TINY_SHAPES
-from diffusers_dim.cli_common import choose_options, load_designer, load_pipeline
+from diffusers_dim.cli_common import load_designer, load_pipeline
 from diffusers_dim.devices import resolve_device, resolve_dtype
+from diffusers_dim.serving.options import (
+    add_designer_arguments,
+    add_model_arguments,
+    choose_designer_arguments,
+    get_designer_arguments,
+)
 
 
 EMBEDDED = "TINY_SHAPES"
@@ -39,28 +45,13 @@ EMBEDDED = "TINY_SHAPES"
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        default=EMBEDDED,
-        help=f"An edit pipeline's folder or repository; {EMBEDDED}, the embedded one, by default.",
-    )
-    model.add_argument("--device", default="auto", help="Such as cpu or cuda:1; an accelerator where there is one.")
-    model.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    model.add_argument("--offload", choices=["none", "model", "sequential", "group"], default="none")
-    model.add_argument("--vae_tiling", action="store_true", help="Decode large pictures in tiles.")
-    designer = parser.add_argument_group("designer")
-    designer.add_argument(
-        "--designer",
-        choices=["default", "none", "shapes", "self", "vlm", "openai"],
-        default="default",
-        help="Who is chosen to begin with: the model itself, by rule for the embedded one (shapes), or nobody; vlm and"
+    add_model_arguments(parser, "An edit pipeline", EMBEDDED)
+    add_designer_arguments(
+        parser,
+        ["default", "none", "shapes", "self", "vlm", "openai"],
+        "Who is chosen to begin with: the model itself, by rule for the embedded one (shapes), or nobody; vlm and"
         " openai add one as `diffusers-dim design` has them.",
     )
-    designer.add_argument("--designer_model", help="Of vlm and openai.")
-    designer.add_argument("--designer_base_url", help="Of openai.")
-    designer.add_argument("--designer_cache", type=Path, help="A folder that keeps blueprints, of vlm and openai.")
-    designer.add_argument("--designer_max_new_tokens", type=int, help="Of vlm and openai.")
     server = parser.add_argument_group("server")
     server.add_argument(
         "--host", help="This machine alone by default, or what the environment variable GRADIO_SERVER_NAME says."
@@ -94,20 +85,12 @@ def load_designers(args: argparse.Namespace, pipe: Any, embedded: bool) -> tuple
         designers["self"] = SelfDesigner(pipe)
         called.append(("The model itself", "self"))
     if args.designer in ("vlm", "openai"):
-        given = {
-            "--model": args.designer_model,
-            "--base-url": args.designer_base_url,
-            "--cache": args.designer_cache,
-            "--max-new-tokens": args.designer_max_new_tokens,
-        }
-        options = choose_options("--designer", args.designer, given)
+        options = choose_designer_arguments(args)
         if args.designer == "vlm":
             options |= {"--device": args.device, "--dtype": args.dtype}
-        if "--model" not in options:
-            raise ValueError(f"--designer {args.designer}: needs --designer_model.")
         designers[args.designer] = load_designer(args.designer, "error", options)
         called.append((args.designer_model, args.designer))
-    elif args.designer_model or args.designer_base_url or args.designer_cache or args.designer_max_new_tokens:
+    elif any(get_designer_arguments(args).values()):
         raise ValueError(f"--designer {args.designer}: takes no --designer_... options; vlm and openai do.")
     designers["none"] = None
     called.append(("Nobody", "none"))

@@ -31,9 +31,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_dim import TINY_SHAPES
-from diffusers_dim.cli_common import DESIGNER_OPTIONS, choose_options, load_designer, load_pipeline
+from diffusers_dim.cli_common import DESIGNER_OPTIONS, load_designer, load_pipeline
 from diffusers_dim.devices import resolve_device, resolve_dtype
 from diffusers_dim.serving.app import ServingSettings, create_app
+from diffusers_dim.serving.options import (
+    add_designer_arguments,
+    add_model_arguments,
+    choose_designer_arguments,
+    get_designer_arguments,
+)
 
 
 EMBEDDED = "TINY_SHAPES"
@@ -43,29 +49,14 @@ OTHERWISE_SET = ("model_name", "api_key", "fetch_urls")
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        default=EMBEDDED,
-        help=f"A pipeline's folder or repository; {EMBEDDED}, the embedded one, by default.",
-    )
+    model = add_model_arguments(parser, "A pipeline", EMBEDDED)
     model.add_argument("--kind", choices=["edit", "t2i"], default="edit", help="What the pipeline does.")
     model.add_argument("--model_name", help="What clients call it; the folder's or repository's own name by default.")
-    model.add_argument("--device", default="auto", help="Such as cpu or cuda:1; an accelerator where there is one.")
-    model.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    model.add_argument("--offload", choices=["none", "model", "sequential", "group"], default="none")
-    model.add_argument("--vae_tiling", action="store_true", help="Decode large pictures in tiles.")
-    designer = parser.add_argument_group("designer")
-    designer.add_argument(
-        "--designer",
-        choices=["default", "none", *DESIGNER_OPTIONS],
-        default="default",
-        help="Who writes blueprints: the model's default, nobody, or as with `diffusers-dim design`.",
+    designer = add_designer_arguments(
+        parser,
+        ["default", "none", *DESIGNER_OPTIONS],
+        "Who writes blueprints: the model's default, nobody, or as with `diffusers-dim design`.",
     )
-    designer.add_argument("--designer_model", help="Of vlm and openai.")
-    designer.add_argument("--designer_base_url", help="Of openai.")
-    designer.add_argument("--designer_cache", type=Path, help="A folder that keeps blueprints.")
-    designer.add_argument("--designer_max_new_tokens", type=int)
     designer.add_argument("--blueprints", type=Path, help="Of replay.")
     designer.add_argument(
         "--on_failure",
@@ -118,24 +109,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def find_designer_options(args: argparse.Namespace) -> dict:
     """What was given of a designer's options, as `diffusers-dim design` names them."""
-    given = {
-        "--model": args.designer_model,
-        "--base-url": args.designer_base_url,
-        "--cache": args.designer_cache,
-        "--max-new-tokens": args.designer_max_new_tokens,
-        "--blueprints": args.blueprints,
-    }
-    if args.designer in ("default", "none", "self"):
-        if named := [name for name, value in given.items() if value is not None]:
-            raise ValueError(f"--designer {args.designer}: takes none of {', '.join(named)}.")
-        return {}
-    options = choose_options("--designer", args.designer, given)
-    first = DESIGNER_OPTIONS[args.designer][0]
-    if first not in options:
-        raise ValueError(
-            f"--designer {args.designer}: needs {'--blueprints' if first == '--blueprints' else '--designer_model'}."
-        )
-    return options
+    if args.designer not in ("default", "none", "self"):
+        return choose_designer_arguments(args)
+    if named := [name for name, value in get_designer_arguments(args).items() if value is not None]:
+        raise ValueError(f"--designer {args.designer}: takes none of {', '.join(named)}.")
+    return {}
 
 
 def build_app(args: argparse.Namespace):

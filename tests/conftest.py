@@ -61,6 +61,14 @@ def convert_golden(golden: Golden, output: Path) -> Path:
     ).path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def flash_attention_as_it_was():
+    """Training in the tests' own process turns it off on a CPU, which changes the last bits of what follows."""
+    is_enabled = torch.backends.cuda.flash_sdp_enabled()
+    yield
+    torch.backends.cuda.enable_flash_sdp(is_enabled)
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     return Path(__file__).parent / "fixtures" / "golden"

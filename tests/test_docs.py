@@ -122,12 +122,11 @@ def server(monkeypatch):
 @pytest.fixture
 def _state(monkeypatch):
     """What a page's blocks set for the process ends with the page."""
-    threads, flash = torch.get_num_threads(), torch.backends.cuda.flash_sdp_enabled()
+    threads = torch.get_num_threads()
     for name in ("HF_HUB_OFFLINE", "ACCELERATE_USE_CPU"):
         monkeypatch.setenv(name, "1")
     yield
     torch.set_num_threads(threads)
-    torch.backends.cuda.enable_flash_sdp(flash)  # which training turns off on a CPU
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))

@@ -44,6 +44,13 @@ def describe_text_outputs() -> list[OutputParam]:
     ]
 
 
+def choose_size(components: DIMEditModularPipeline, block_state: Any) -> None:
+    """Sets height and width, in pixels, by the pictures where none were given."""
+    if block_state.height is None:
+        size = components.get_height_width(block_state.image, block_state.use_resolution_binning)
+        block_state.height, block_state.width = size
+
+
 class DIMEditInputStep(DIMBlocksMixin, ModularPipelineBlocks):
     """Reads the sources of edits and their texts, pairs them, and chooses the size."""
 
@@ -95,12 +102,10 @@ class DIMEditInputStep(DIMBlocksMixin, ModularPipelineBlocks):
             raise ValueError("Give `prompt`, or a `blueprint` for each image.")
         components.check_texts(prompt)
         components.check_size(block_state.height, block_state.width)
-        block_state.image = images = components.repeat_images(images, len(prompt))
+        block_state.image = components.repeat_images(images, len(prompt))
         block_state.prompt = prompt
         block_state.blueprint = repeat_blueprint(block_state.blueprint, len(prompt))
-        if block_state.height is None:
-            size = components.get_height_width(images, block_state.use_resolution_binning)
-            block_state.height, block_state.width = size
+        choose_size(components, block_state)
         self.set_block_state(state, block_state)
         return components, state
 
@@ -128,10 +133,8 @@ class DIMImageInputStep(DIMBlocksMixin, ModularPipelineBlocks):
     def __call__(self, components: DIMEditModularPipeline, state: Any) -> tuple[DIMEditModularPipeline, Any]:
         block_state = self.get_block_state(state)
         components.check_size(block_state.height, block_state.width)
-        block_state.image = images = components.image_processor.to_rgb(block_state.image)
-        if block_state.height is None:
-            size = components.get_height_width(images, block_state.use_resolution_binning)
-            block_state.height, block_state.width = size
+        block_state.image = components.image_processor.to_rgb(block_state.image)
+        choose_size(components, block_state)
         self.set_block_state(state, block_state)
         return components, state
 
