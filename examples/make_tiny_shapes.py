@@ -43,6 +43,7 @@ from diffusers_dim.tiny import TINY_SHAPES
 from diffusers_dim.tiny.dataset import write_edits
 from diffusers_dim.tiny.scenes import SHAPE_COLORS
 from diffusers_dim.tiny.world import sample_edits, sample_scenes
+from diffusers_dim.training.setup import cpu_emulates_bfloat16
 
 
 HELD_OUT_SEED = 1_000_000_007
@@ -394,6 +395,11 @@ def build_base(work_dir: Path, seed: int) -> None:
         pipe.save_pretrained(folder)
 
 
+def fast_precision() -> str:
+    """The mixed precision to train in here."""
+    return "bf16" if torch.cuda.is_available() or not cpu_emulates_bfloat16() else "no"
+
+
 def launch(script: str, options: dict[str, object], mixed_precision: str = "no") -> None:
     """Run an example by accelerate on all cores; an option without a value is a flag."""
     # Without a number accelerate gives a process one thread.
@@ -501,7 +507,12 @@ def main() -> None:
     parser.add_argument("--stage1_edits", type=int, default=40_000)
     parser.add_argument("--stage1_steps", type=int, default=3600)
     parser.add_argument("--stage2_edits", type=int, default=10_000)
-    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=["no", "bf16"],
+        default=fast_precision(),
+        help="bf16 by default on a GPU or with AVX-512, otherwise no.",
+    )
     parser.add_argument("--held_out", type=int, default=300, help="Edits to measure success on.")
     args = parser.parse_args()
     output = args.output or args.work_dir / "shapes"

@@ -1,16 +1,16 @@
 """DIM's claim at small scale, on two CPU cores: does a blueprint help a small painter where an edit needs design?
 
-    python examples/reproduce_claim.py --start .tiny_work/stage1 --work_dir .tiny_work/claim
+    python examples/reproduce_claim.py --work_dir .tiny_work/claim
 
-The edits are those of the picture world whose instructions have to be thought through (`DESIGN_EDIT_KINDS`: relations,
-superlatives, all but, counting, chains of two). For each seed two painters are trained from the same start, which has
-seen plain instructions alone, on the same pictures in the same order; one reads the instructions, the other one the
-blueprints. Both then edit pictures that neither has seen. The one with blueprints is also given those of other
-designers: none, and designers that take a share of the words for places, sizes and colors for the opposite.
+The edits are those of the picture world whose instructions have to be thought through (`DESIGN_EDIT_KINDS`:
+relations, superlatives, all but, counting, chains of two). For each seed two painters are trained from the same start,
+on the same pictures in the same order; one reads the instructions, the other one the blueprints. Both then edit
+pictures that neither has seen. The one with blueprints is also given those of other designers: none, and designers
+that take a share of the words for places, sizes and colors for the opposite.
 
-`--start` is the pipeline after the first stage of `make_tiny_shapes.py`. Each painter and each measurement is kept in
-`--work_dir`: a run that was stopped goes on, and several may share the work, each with `--seeds` of its own.
-`claim.json` and, by `--docs`, docs/claim.md and docs/claim.png tell what there is.
+`--start` is the embedded model, which has read instructions and blueprints of plain edits. Each painter and each
+measurement is kept in `--work_dir`: a run that was stopped goes on, and several may share the work, each with seeds or
+arms of its own. `claim.json` and, by `--docs`, docs/claim.md and docs/claim.png tell what there is.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from statistics import mean
 
 import torch
 
-from diffusers_dim import DIMEditPipeline
+from diffusers_dim import TINY_SHAPES, DIMEditPipeline
 from diffusers_dim.evaluation.shapes import evaluate_shapes
 from diffusers_dim.evaluation.statistics import mean_interval
 from diffusers_dim.files import write_between, write_lines
 from diffusers_dim.tiny.dataset import write_edits
 from diffusers_dim.tiny.judge import mistake_words
 from diffusers_dim.tiny.world import DESIGN_EDIT_KINDS, EditSample, sample_edits
-from make_tiny_shapes import finished_folder, launch
+from make_tiny_shapes import fast_precision, finished_folder, launch
 
 
 ARMS = ("instruction", "blueprint")  # what the painter reads
@@ -224,7 +224,7 @@ def report(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", type=Path, default=Path(".tiny_work/stage1"), help="Pipeline to train from.")
+    parser.add_argument("--start", type=Path, default=TINY_SHAPES, help="Pipeline to train from; the embedded model.")
     parser.add_argument("--work_dir", type=Path, default=Path(".tiny_work/claim"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="Which painters.")
@@ -233,12 +233,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="Training steps of 64 edits.")
     parser.add_argument("--learning_rate", type=float, default=6e-4)
     parser.add_argument("--held_out", type=int, default=300, help="Edits to measure success on.")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="bf16")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=["no", "bf16"],
+        default=fast_precision(),
+        help="bf16 by default on a GPU or with AVX-512, otherwise no.",
+    )
     parser.add_argument("--only", choices=["train", "measure", "report"], help="One of the three; all by default.")
     parser.add_argument("--docs", type=Path, help="Folder of claim.md, whose tables and plot are written anew.")
     args = parser.parse_args()
     if not (args.start / "model_index.json").exists():
-        parser.error(f"--start {args.start}: is no pipeline's folder. `make tiny` makes one.")
+        parser.error(f"--start {args.start}: is no pipeline's folder.")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for arm in args.arms:

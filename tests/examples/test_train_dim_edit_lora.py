@@ -186,7 +186,7 @@ def test_dora_of_the_transformer_alone_learns_magnitudes(edit_folder, edits, tmp
 
 
 def test_frozen_weights_take_the_mixed_precisions_dtype_and_the_lora_stays_float32(
-    plain, edit_folder, edits, tmp_path, monkeypatch
+    plain, edit_folder, edits, tmp_path, monkeypatch, caplog
 ):
     dtypes = {}
 
@@ -197,7 +197,9 @@ def test_frozen_weights_take_the_mixed_precisions_dtype_and_the_lora_stays_float
                 dtypes.setdefault(parameter.requires_grad, set()).add(parameter.dtype)
 
     monkeypatch.setattr(training, "DIMTrainingModel", RecordedModel)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     run_script(SCRIPT, *options(edit_folder, edits, tmp_path / "run", "--mixed_precision", "bf16"))
+    assert "This processor has no bfloat16: --mixed_precision no trains" in caplog.text
     assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
     assert {tensor.dtype for tensor in load_file(tmp_path / "run" / WEIGHTS).values()} == {torch.float32}
     assert read_losses(tmp_path / "run") == pytest.approx(read_losses(plain), rel=0.05)
