@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -172,22 +173,29 @@ def _labels(folder, scores):
     """What the rows of the sheet of a group are called, with one best and one worst case."""
     folder.mkdir()
     cases, scores = make_run(folder, {"add": scores})
-    titles = []
+    return [row.title.partition(",")[0] for row in _sheet_rows(folder, scores, cases, per_group=1)]
+
+
+def _sheet_rows(folder, scores, cases, **options):
+    """The rows of all sheets of a report."""
+    drawn = []
 
     def keep(rows, heading, side):
-        titles.extend(row.title.partition(",")[0] for row in rows)
+        drawn.extend(rows)
         return Image.new("RGB", (1, 1))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report_module, "draw_sheet", keep)
-        write_report(folder, [scores], cases, folder / "pictures", {}, per_group=1)
-    return titles
+        write_report(folder, [scores], cases, folder / "pictures", {}, **options)
+    return drawn
 
 
 def test_figures_have_the_official_scorers_digits(tmp_path):
     cases, scores = make_run(tmp_path, {"add": [1.0]})
     scores.figures["overall"] = Figure(0.77123, 1, 1)
-    assert "**0.77123**" in write_one(tmp_path, scores, cases)
+    scores.figures["add"] = Figure(0.75, 1, 1)
+    page = write_one(tmp_path, scores, cases)
+    assert "**0.77123**" in page and "| add | 0.75 |" in page
 
 
 def test_report_is_written_where_nothing_was_scored(tmp_path):
@@ -205,6 +213,19 @@ def test_benchmark_that_scores_no_single_case_is_told_as_such(tmp_path):
     assert "Cases have no scores of their own" in page
     assert "2 of 2 cases. Scored without a judge. Lower is better." in page
     assert (tmp_path / "sheets" / "art.png").is_file()
+
+
+def test_pictures_without_a_score_stand_side_by_side_above_their_prompts(tmp_path):
+    cases, scores = make_run(tmp_path, {"art": [1.0] * 5}, kind="t2i")
+    cases = [replace(case, files=case.files[:1]) for case in cases]
+    whole = [CaseScore(case.key, case.group, None) for case in scores.cases]
+    scores = Scores("mjhq", RUN, {name: Figure(5.5, 5, 5) for name in ("overall", "art")}, whole)
+    rows = _sheet_rows(tmp_path, scores, cases, per_group=2)
+    assert [row.title for row in rows] == ["", ""]
+    assert [[caption for caption, _ in row.pictures] for row in rows] == [
+        [case.prompt for case in cases[:2]],
+        [case.prompt for case in cases[2:4]],
+    ]
 
 
 # JSON, LaTeX, the model card

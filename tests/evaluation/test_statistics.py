@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from diffusers_dim.evaluation.benchmark import CaseScore, Scores
+from diffusers_dim.evaluation.benchmark import CaseScore, Figure, Scores
 from diffusers_dim.evaluation.statistics import agreement, compare, mean_interval, mean_of_means_interval, sign_flip_p
 
 
@@ -133,6 +133,12 @@ def test_overall_difference_is_of_means_over_cases_where_the_benchmarks_is():
     a = scores({"add": [1.0, 2.0], "style": [4.0, 4.0, 4.0, 4.0]}, mean_of_groups=False)
     b = scores({"add": [2.0, 3.0], "style": [4.0, 4.0, 4.0, 5.0]}, mean_of_groups=False)
     assert compare(a, b).overall.value == pytest.approx(0.5)
+
+
+def test_groups_are_compared_in_the_benchmarks_order():
+    a, b = scores({"remove": [1.0], "add": [2.0]}), scores({"remove": [2.0], "add": [2.0]})
+    a.figures.update({name: Figure(1.0, 1, 1) for name in ("add", "remove", "overall")})
+    assert list(compare(a, b).groups) == ["add", "remove"]
 
 
 def test_p_of_the_overall_difference_weighs_groups_alike():

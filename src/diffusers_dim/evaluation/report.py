@@ -77,7 +77,9 @@ def write_report(
         pictures (`Path`): The run's folder of pictures; those on sheets are read.
         blueprints (`Mapping[str, str]`, *optional*):
             By the cases' keys. For a case without one the picture's own "parameters" are asked.
-        per_group (`int`, defaults to 3): How many best and how many worst cases of a group are shown.
+        per_group (`int`, defaults to 3):
+            How many best and how many worst cases of a group are shown; without scores of cases twice as many, the
+            first ones.
 
     Returns:
         `pathlib.Path`: Of `report.md`.
@@ -308,10 +310,15 @@ def _number(value: float | None) -> str:
     return f"{whole}.{digits.rstrip('0'):0<2}"
 
 
+def _places(scores: Sequence[Scores], names: Iterable[str]) -> int:
+    """Digits behind the point that print every one of these figures in full."""
+    values = [judged.figures[name].value for name in names for judged in scores]
+    return max([2, *(len(_number(value).partition(".")[2]) for value in values)])
+
+
 def _digits(scores: Sequence[Scores]) -> int:
     """Digits behind the point for all that no official scorer prints: as the figures have, but four at most."""
-    values = [figure.value for judged in scores for figure in judged.figures.values()]
-    return min(4, max([2, *(len(_number(value).partition(".")[2]) for value in values)]))
+    return min(4, max(_places([judged], judged.figures) for judged in scores))
 
 
 def _rounded(value: float | None, digits: int, sign: str = "") -> str:
@@ -395,13 +402,14 @@ def _scores_table(scores: Sequence[Scores]) -> list[str]:
     if row:
         head.append(f"{_markdown(row.model)}, published")
     body, columns = [], _columns(scores[0])
-    values = [judged.figures[name].value for judged in scores for name in columns]
-    places = max(len(_number(value).partition(".")[2]) for value in values)  # the same in all rows
+    # As many behind the point in all rows of groups; the overall figure may be printed with more.
+    groups = [name for name in columns if name != "overall"]
+    places = {name: _places(scores, ["overall"] if name == "overall" else groups) for name in columns}
     for name in columns:
         cells = [_markdown(name)]
         for judged in scores:
             figure = judged.figures[name]
-            cells += [_rounded(figure.value, places), _interval(figure.low, figure.high, digits), _of(figure)]
+            cells += [_rounded(figure.value, places[name]), _interval(figure.low, figure.high, digits), _of(figure)]
         if row:
             cells.append(_published(row.figures.get(name)))
         body.append([_bold(cell) if cell != NOTHING else cell for cell in cells] if name == "overall" else cells)
@@ -565,7 +573,7 @@ def _draw_sheets(
     blueprints: Mapping[str, str],
     per_group: int,
 ) -> dict[str, Path]:
-    """A sheet a group: its best cases and its worst, or its first ones where no case has a score."""
+    """A sheet a group: its best cases and its worst, or its first ones, as many, where no case has a score."""
     judged, sheets = {case.key: case for case in scores.cases}, {}
     by_case = _scores_cases(scores)
     for group in dict.fromkeys([*_columns(scores)[:-1], *(case.group for case in cases)]):
@@ -578,14 +586,20 @@ def _draw_sheets(
         else:
             shown = [("best", case) for case in ranked[:per_group]]
             shown += [("worst", case) for case in ranked[: -per_group - 1 : -1]]
-        painted = (case for case in members if all((pictures / file).exists() for file in case.files))
-        shown = shown or [("", case) for case in itertools.islice(painted, per_group)]
+        if not shown:
+            painted = (case for case in members if all((pictures / file).exists() for file in case.files))
+            shown = [("", case) for case in itertools.islice(painted, 2 * per_group)]
         if not shown:
             continue
         heading = f"{group}: {len(ranked)} of {len(members)} cases scored"
         if not by_case:
             heading = f"{group}: {len(shown)} of {len(members)} cases"
         rows = [_sheet_row(which, case, judged[case.key], pictures, blueprints) for which, case in shown]
+        if all(not row.title and len(row.pictures) == 1 for row in rows):
+            rows = [
+                SheetRow("", [picture for row in rows[start : start + per_group] for picture in row.pictures])
+                for start in range(0, len(rows), per_group)
+            ]
         sheets[group] = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', group)}.png"
         with written_aside(sheets[group]) as aside:
             draw_sheet(rows, heading, SHEET_SIDE).save(aside, format="PNG")
@@ -593,15 +607,21 @@ def _draw_sheets(
 
 
 def _sheet_row(which: str, case: Case, judged: CaseScore, pictures: Path, blueprints: Mapping[str, str]) -> SheetRow:
-    """Source, what was painted from where that is not the prompt, and what was made."""
+    """
+    Source, what was painted from where that is not the prompt, and what was made; of a case that is one picture and
+    has no score this alone, its prompt below it.
+    """
     made = [(Path(file).stem, read_picture(pictures / file)) for file in case.files]
+    shown: list[tuple[str, Image.Image | str]] = []
     if case.image is not None:
-        parts = ", ".join(f"{name} {value:g}" for name, value in judged.parts.items())
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in judged.parts.items())
         made = [(f"edit: {parts}" if parts else "edit", picture) for _, picture in made]
-    shown: list[tuple[str, Image.Image | str]] = [("source", read_picture(case.image))] if case.image else []
+        shown.append(("source", read_picture(case.image)))
     blueprint = blueprints.get(case.key) or _made_from(pictures / case.files[0])
     if blueprint and blueprint != case.prompt:
         shown.append(("blueprint" if case.image else "rewritten prompt", blueprint))
+    if not which and not shown and len(made) == 1:
+        return SheetRow("", [(_short(case.prompt), made[0][1])])
     title = f"{which} {_rounded(judged.score, 2)}, {case.key}" if which else case.key
     return SheetRow(f"{title}\n{_short(case.prompt)}", [*shown, *made])
 
@@ -691,6 +711,8 @@ def _plot_histogram(scores: Sequence[Scores]) -> "Plot":
     colors = [COLORS[i % len(COLORS)] for i in range(len(scores))]
     labels = [_plain(f"{judged.judge or _model(judged.run)}, {len(of)} cases") for judged, of in zip(scores, values)]
     axes.hist(values, bins=edges, color=colors, label=labels, rwidth=0.9)
+    if len(distinct) <= 10:
+        axes.set_xticks(distinct, [f"{value:.3g}" for value in distinct])
     axes.set_title(f"{_about(scores[0]).title}: scores of cases", color=INK, loc="left")
     axes.set_xlabel("score, lower is better" if scores[0].lower_is_better else "score", color=FAINT)
     axes.set_ylabel("cases", color=FAINT)
@@ -710,7 +732,7 @@ def _plot_differences(differences: Mapping[str, Difference], a: Scores, b: Score
         known = one.low is not None
         apart = known and (one.low > 1e-9 or one.high < -1e-9)  # a 0 may be off by its last bits
         worse = (one.value > 0) == a.lower_is_better
-        color = COLORS[1] if worse else COLORS[2]
+        color = FAINT if abs(one.value) <= 1e-9 else COLORS[1] if worse else COLORS[2]
         if known:
             axes.plot([one.low, one.high], [place] * 2, color=color, linewidth=2.5, alpha=0.45)
         axes.plot(one.value, place, "o", color=color, mfc=color if apart else "white")
