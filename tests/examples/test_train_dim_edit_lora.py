@@ -198,11 +198,12 @@ def test_frozen_weights_take_the_mixed_precisions_dtype_and_the_lora_stays_float
 
     monkeypatch.setattr(training, "DIMTrainingModel", RecordedModel)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    run_script(SCRIPT, *options(edit_folder, edits, tmp_path / "run", "--mixed_precision", "bf16"))
+    more = ("--mixed_precision", "bf16", "--max_train_steps", 2)  # few: many a processor has to emulate bfloat16
+    run_script(SCRIPT, *options(edit_folder, edits, tmp_path / "run", *more))
     assert "This processor has no bfloat16: --mixed_precision no trains" in caplog.text
     assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
     assert {tensor.dtype for tensor in load_file(tmp_path / "run" / WEIGHTS).values()} == {torch.float32}
-    assert read_losses(tmp_path / "run") == pytest.approx(read_losses(plain), rel=0.05)
+    assert read_losses(tmp_path / "run") == pytest.approx(read_losses(plain)[:2], rel=0.05)
 
 
 @pytest.mark.parametrize(
