@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from accelerate import PartialState
 from diffusers import SanaTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -67,6 +68,29 @@ def flash_attention_as_it_was():
     is_enabled = torch.backends.cuda.flash_sdp_enabled()
     yield
     torch.backends.cuda.enable_flash_sdp(is_enabled)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """
+    How many threads add up decides about the last bits, and how they split a matrix product by its rows about those of
+    a row beside others.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one_thread_on_the_cpu(one_thread):
+    """For accelerate, too, and in processes that a test starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        PartialState._reset_state()
+        yield
+    PartialState._reset_state()
 
 
 @pytest.fixture(scope="session")

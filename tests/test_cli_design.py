@@ -158,7 +158,7 @@ def test_killed_run_goes_on_and_asks_for_nothing_twice(folder):
     options = ["--designer", "replay", "--blueprints", folder / "plans.jsonl", *many(folder)]
     process = subprocess.Popen([*COMMAND, *map(str, options)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     running = folder / "out.unfinished.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if running.exists() and running.read_bytes().count(b"\n") >= 2:
             break

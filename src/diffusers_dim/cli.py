@@ -34,6 +34,7 @@ from .cli_common import (
     errors_in_one_line,
     load_designer,
     load_pipeline,
+    run_designs,
     show_progress_on_terminals_only,
 )
 from .data_cli import data_app
@@ -427,19 +428,7 @@ def design(
             raise ValueError(f"--jsonl {jsonl}: needs --output, the jsonl to write.")
         from .designers.jobs import DesignJob
 
-        job = DesignJob(jsonl, output, image_dir)
-        at_a_time = 4 * options.get("--concurrency", options.get("--batch-size", 8))
-        # Not even loaded if nothing is left to do.
-        loaded = load_designer(designer, on_failure, options) if job.left else None
-        summary = job.run(loaded, at_a_time, sys.stderr.isatty())
-        typer.echo(
-            f"{summary.rows} of {len(job.rows)} designs: {summary.done} new ({summary.repaired} repaired,"
-            f" {summary.cached} from the cache, {summary.fallbacks} the plain instruction), {summary.kept} before,"
-            f" {summary.failed} failed, {summary.tokens:,} tokens, {summary.seconds:.1f} s: {output}"
-        )
-        if summary.failed:
-            typer.echo(f"diffusers-dim: error: {summary.failed} failed: {job.failures}", err=True)
-            raise typer.Exit(1)
+        run_designs(DesignJob(jsonl, output, image_dir), designer, on_failure, options)
         return
 
     if image_dir is not None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from .data.engine.engine import Budget, EngineSummary, Prices
     from .designers import Designer
+    from .designers.jobs import DesignJob
     from .pipelines import DIMPipeline
 
 
@@ -227,6 +228,27 @@ def describe_unfinished(summary: "EngineSummary", folder: Path) -> list[str]:
             f"the judge failed for {summary.failed:,}; run again to ask it again, and see {folder / 'dropped.jsonl'}."
         )
     return reasons
+
+
+def run_designs(job: "DesignJob", kind: str, on_failure: str, options: dict[str, Any]) -> None:
+    """
+    Designs what is left of a job, tells what became of it and where it is. The designer, see [`load_designer`], is not
+    even loaded if nothing is left.
+
+    Raises:
+        typer.Exit: With code 1 if there is no blueprint for some.
+    """
+    at_a_time = 4 * options.get("--concurrency", options.get("--batch-size", 8))
+    designer = load_designer(kind, on_failure, options) if job.left else None
+    summary = job.run(designer, at_a_time, sys.stderr.isatty())
+    typer.echo(
+        f"{summary.rows} of {len(job.rows)} designs: {summary.done} new ({summary.repaired} repaired,"
+        f" {summary.cached} from the cache, {summary.fallbacks} the plain instruction), {summary.kept} before,"
+        f" {summary.failed} failed, {summary.tokens:,} tokens, {summary.seconds:.1f} s: {job.output}"
+    )
+    if summary.failed:
+        typer.echo(f"diffusers-dim: error: {summary.failed} failed: {job.failures}", err=True)
+        raise typer.Exit(1)
 
 
 def load_designer(kind: str, on_failure: str, options: dict[str, Any]) -> "Designer":

@@ -38,6 +38,7 @@ from .cli_common import (
     load_designer,
     load_pipeline,
     make_limits,
+    run_designs,
 )
 from .devices import resolve_device, resolve_dtype
 
@@ -362,18 +363,8 @@ def write_blueprints(
     from .designers.jobs import DesignJob
 
     job = DesignJob(output / "cases.jsonl", path)
-    if not job.left:
-        return
-    at_a_time = 4 * options.get("--concurrency", options.get("--batch-size", 8))
-    summary = job.run(load_designer(who, on_failure, options), at_a_time, sys.stderr.isatty())
-    typer.echo(
-        f"{summary.rows} of {len(job.rows)} blueprints: {summary.done} new ({summary.repaired} repaired,"
-        f" {summary.fallbacks} the plain instruction), {summary.kept} before, {summary.failed} failed,"
-        f" {summary.tokens:,} tokens, {summary.seconds:.1f} s: {path}"
-    )
-    if summary.failed:
-        typer.echo(f"diffusers-dim: error: {summary.failed} failed: {job.failures}", err=True)
-        raise typer.Exit(1)
+    if job.left:
+        run_designs(job, who, on_failure, options)
 
 
 def read_blueprints(output: Path) -> dict[str, str]:

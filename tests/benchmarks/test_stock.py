@@ -8,16 +8,9 @@ from diffusers_dim import DIMEditPipeline
 from stock import stock_pipeline
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ["Make the red circle blue.", "Remove it, then paint the ground behind all of it a quiet grey."]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads split a matrix product by its rows, so that a condition's bits depend on those beside it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

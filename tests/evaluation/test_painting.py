@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import PartialState
 from cli_runs import run_on_terminal
 from PIL import Image
 from tqdm.auto import tqdm
@@ -25,22 +24,10 @@ from diffusers_dim.evaluation.generation import RunSettings, check_pictures, mis
 from diffusers_dim.tiny import sample_edits
 
 
+pytestmark = pytest.mark.usefixtures("one_thread_on_the_cpu")
+
 EDITS = sample_edits(5, seed=1)
 SETTINGS = RunSettings("shapes", "shapes", "float32", 64, 64, steps=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_on_the_cpu():
-    """How many threads add up decides about the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        PartialState._reset_state()
-        yield
-    PartialState._reset_state()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -16,18 +16,14 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 from server_runs import HoldingDesigner, Running, load_embedded, serve_app
 
 from diffusers_dim.tiny import sample_edits
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    """For all of the tests here."""
 
 
 @pytest.fixture(scope="session")
