@@ -233,7 +233,7 @@ def paint_in_a_process(pipe, cases, output):
 def test_a_killed_run_goes_on_where_it_was(finished, cases, pipe, tmp_path):
     process = multiprocessing.get_context("fork").Process(target=paint_in_a_process, args=(pipe, cases, tmp_path))
     process.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (tmp_path / "pictures" / cases[1].files[0]).exists() and time.monotonic() < deadline:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
