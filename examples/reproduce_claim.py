@@ -119,18 +119,33 @@ def read_measured(work_dir: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted((work_dir / "measured").glob("*.json"))]
 
 
+def successes(measured: list[dict], kind: str | None) -> dict[int, list[float]]:
+    """By seed, for each held-out edit of that kind, or of all, whether it succeeded."""
+    kinds = DESIGN_EDIT_KINDS if kind is None else [kind]
+    return {m["seed"]: [float(success) for kind in kinds for success in m["succeeded"][kind]] for m in measured}
+
+
 def percent(measured: list[dict], kind: str | None = None) -> str:
-    """Success over all seeds, its 95% interval, and each seed's own."""
-    per_seed = []
-    for one in measured:
-        kinds = one["succeeded"] if kind is None else {kind: one["succeeded"][kind]}
-        per_seed.append([float(success) for successes in kinds.values() for success in successes])
-    every = [success for seed in per_seed for success in seed]
+    """Success over all seeds; of all kinds with its 95% interval and each seed's own."""
+    per_seed = successes(measured, kind)
+    every = [success for seed in per_seed.values() for success in seed]
     if not every:
         return "unmeasured"
+    if kind is not None:
+        return f"{mean(every):.1%}"
     low, high = mean_interval(every)
-    seeds = ", ".join(f"{mean(seed):.0%}" for seed in per_seed)
-    return f"{mean(every):.1%} ({low:.1%} to {high:.1%}; {seeds})" if kind is None else f"{mean(every):.1%}"
+    seeds = ", ".join(f"{mean(seed):.0%}" for seed in per_seed.values())
+    return f"{mean(every):.1%} ({low:.1%} to {high:.1%}; {seeds})"
+
+
+def lift(without: list[dict], with_blueprints: list[dict], kind: str | None = None) -> str:
+    """By how many points success is higher with blueprints, edit by edit, with its 95% interval."""
+    less, more = successes(without, kind), successes(with_blueprints, kind)
+    differences = [b - a for seed in less.keys() & more for a, b in zip(less[seed], more[seed], strict=True)]
+    if not differences:
+        return "unmeasured"
+    low, high = mean_interval(differences)
+    return f"{100 * mean(differences):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def tables(args: argparse.Namespace, measured: list[dict]) -> Iterator[str]:
@@ -150,12 +165,12 @@ def tables(args: argparse.Namespace, measured: list[dict]) -> Iterator[str]:
         f" minutes for {len(seconds)} painters, and measuring {sum(m['seconds'] for m in measured) / 60:.0f}."
     )
     yield ""
-    yield "| edit | without blueprints | with blueprints |"
-    yield "| --- | --- | --- |"
-    for kind in DESIGN_EDIT_KINDS:
-        cells = [kind.replace("_", " "), *(percent(found, kind) for found in main.values())]
+    yield "| edit | without blueprints | with blueprints | points between |"
+    yield "| --- | --- | --- | --- |"
+    for kind in (*DESIGN_EDIT_KINDS, None):
+        cells = ["**all**" if kind is None else kind.replace("_", " ")]
+        cells += [*(percent(found, kind) for found in main.values()), lift(*main.values(), kind)]
         yield f"| {' | '.join(cells)} |"
-    yield f"| **all** | {percent(main['instruction'])} | {percent(main['blueprint'])} |"
     yield ""
     yield "| designer for the painter with blueprints | success |"
     yield "| --- | --- |"
@@ -177,10 +192,7 @@ def draw(measured: list[dict], path: Path) -> None:
     for place, kind in enumerate((*DESIGN_EDIT_KINDS, None)):
         for shift, (arm, designer) in ((-0.2, ("instruction", "none")), (0.2, ("blueprint", "truth"))):
             found = [m for m in measured if m["arm"] == arm and m["designer"] == designer]
-            values = [
-                100 * mean(float(s) for k, successes in m["succeeded"].items() if kind in (k, None) for s in successes)
-                for m in found
-            ]
+            values = [100 * mean(seed) for seed in successes(found, kind).values()]
             if values:
                 left.bar(place + shift, mean(values), 0.38, color=colors[arm])
                 left.plot([place + shift] * len(values), values, ".", color="#1d232a", markersize=5)
@@ -193,11 +205,8 @@ def draw(measured: list[dict], path: Path) -> None:
         frameon=False,
     )
     for place, designer in enumerate(DESIGNERS):
-        values = [
-            100 * mean(float(s) for successes in m["succeeded"].values() for s in successes)
-            for m in measured
-            if m["arm"] == "blueprint" and m["designer"] == designer
-        ]
+        found = [m for m in measured if m["arm"] == "blueprint" and m["designer"] == designer]
+        values = [100 * mean(seed) for seed in successes(found, None).values()]
         if values:
             right.bar(place, mean(values), 0.6, color=colors["blueprint"])
             right.plot([place] * len(values), values, ".", color="#1d232a", markersize=5)

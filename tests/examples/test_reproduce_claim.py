@@ -33,7 +33,8 @@ def test_page_and_plot_tell_what_was_measured_and_what_was_not(measured, tmp_pat
     assert done.returncode == 0, done.stderr
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| relation | 100.0% | 100.0% |" in text and "| superlative | 50.0% | 100.0% |" in text
+    assert "| relation | 100.0% | 100.0% | +0.0 (+0.0 to +0.0) |" in text
+    assert "| superlative | 50.0% | 100.0% | +50.0 (" in text and "| +50.0 (+20.0 to +80.0) |" in text
     assert "| **all** | 30.0% (" in text and "| truth | 80.0% (" in text
     assert "| 5% of words mistaken | unmeasured |" in text
     with Image.open(tmp_path / "claim.png") as plot:
