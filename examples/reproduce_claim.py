@@ -125,10 +125,15 @@ def successes(measured: list[dict], kind: str | None) -> dict[int, list[float]]:
     return {m["seed"]: [float(success) for kind in kinds for success in m["succeeded"][kind]] for m in measured}
 
 
+def over_seeds(per_seed: dict[int, list[float]]) -> list[float]:
+    """A value for each held-out edit: the seeds edit the same ones, which the intervals are over."""
+    return [mean(edit) for edit in zip(*per_seed.values(), strict=True)]
+
+
 def percent(measured: list[dict], kind: str | None = None) -> str:
     """Success over all seeds; of all kinds with its 95% interval and each seed's own."""
     per_seed = successes(measured, kind)
-    every = [success for seed in per_seed.values() for success in seed]
+    every = over_seeds(per_seed)
     if not every:
         return "unmeasured"
     if kind is not None:
@@ -141,7 +146,9 @@ def percent(measured: list[dict], kind: str | None = None) -> str:
 def lift(without: list[dict], with_blueprints: list[dict], kind: str | None = None) -> str:
     """By how many points success is higher with blueprints, edit by edit, with its 95% interval."""
     less, more = successes(without, kind), successes(with_blueprints, kind)
-    differences = [b - a for seed in less.keys() & more for a, b in zip(less[seed], more[seed], strict=True)]
+    differences = over_seeds(
+        {seed: [b - a for a, b in zip(less[seed], more[seed], strict=True)] for seed in less if seed in more}
+    )
     if not differences:
         return "unmeasured"
     low, high = mean_interval(differences)
@@ -198,11 +205,12 @@ def draw(measured: list[dict], path: Path) -> None:
                 left.plot([place + shift] * len(values), values, ".", color="#1d232a", markersize=5)
     left.set_xticks(range(6), [kind.replace("_", " ") for kind in DESIGN_EDIT_KINDS] + ["all"])
     left.set(ylim=(0, 100), ylabel="edits that succeeded, %", title="Painters trained with and without blueprints")
-    left.legend(
+    figure.legend(
         handles=[pyplot.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()],
         labels=["reads the instruction", "reads the blueprint"],
-        loc="upper left",
+        loc="outside lower left",
         frameon=False,
+        ncols=2,
     )
     for place, designer in enumerate(DESIGNERS):
         found = [m for m in measured if m["arm"] == "blueprint" and m["designer"] == designer]
@@ -239,7 +247,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="Which painters.")
     parser.add_argument("--edits", type=int, default=8000, help="Edits to train on.")
     parser.add_argument("--data_seed", type=int, default=77)
-    parser.add_argument("--steps", type=int, default=600, help="Training steps of 64 edits.")
+    parser.add_argument("--steps", type=int, default=400, help="Training steps of 64 edits.")
     parser.add_argument("--learning_rate", type=float, default=6e-4)
     parser.add_argument("--held_out", type=int, default=300, help="Edits to measure success on.")
     parser.add_argument(
