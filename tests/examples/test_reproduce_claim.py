@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from PIL import Image
-from script_runs import EXAMPLES
+from script_runs import EXAMPLES, load_script
 
 from diffusers_dim.tiny.world import DESIGN_EDIT_KINDS
 
@@ -12,6 +12,19 @@ from diffusers_dim.tiny.world import DESIGN_EDIT_KINDS
 def run(*options):
     command = [sys.executable, str(EXAMPLES / "reproduce_claim.py"), *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Runs the script in this process, which spares its imports."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    script = load_script("reproduce_claim")
+
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["reproduce_claim.py", *map(str, options)])
+        script.main()
+
+    return call
 
 
 @pytest.fixture
@@ -26,11 +39,10 @@ def measured(tmp_path):
     return folder.parent
 
 
-def test_page_and_plot_tell_what_was_measured_and_what_was_not(measured, tmp_path):
+def test_page_and_plot_tell_what_was_measured_and_what_was_not(measured, tmp_path, run_here):
     page = tmp_path / "claim.md"
     page.write_text("before\n<!-- claim:begin -->\nold\n<!-- claim:end -->\nafter\n")
-    done = run("--work_dir", measured, "--only", "report", "--docs", tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_here("--work_dir", measured, "--only", "report", "--docs", tmp_path)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| relation | 100.0% | 100.0% | +0.0 (+0.0 to +0.0) |" in text
@@ -42,7 +54,7 @@ def test_page_and_plot_tell_what_was_measured_and_what_was_not(measured, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_painter_is_trained_and_measured_once(tmp_path):
+def test_a_painter_is_trained_and_measured_once(tmp_path, run_here, capsys):
     options = ["--work_dir", tmp_path, "--arms", "instruction", "--seeds", "4"]
     options += ["--edits", "64", "--steps", "1", "--held_out", "5", "--mixed_precision", "no"]
     done = run(*options)
@@ -52,11 +64,12 @@ def test_a_painter_is_trained_and_measured_once(tmp_path):
     assert [len(successes) for successes in facts["succeeded"].values()] == [1] * len(DESIGN_EDIT_KINDS)
     painter = tmp_path / "instruction-4" / "transformer" / "config.json"
     made = painter.stat().st_mtime_ns
-    again = run(*options)
-    assert again.returncode == 0 and "instruction, seed 4" not in again.stdout
+    run_here(*options)
+    assert "instruction, seed 4" not in capsys.readouterr().out
     assert painter.stat().st_mtime_ns == made
 
 
-def test_a_start_that_is_no_pipeline_is_told(tmp_path):
-    done = run("--start", tmp_path, "--work_dir", tmp_path / "claim")
-    assert done.returncode == 2 and "is no pipeline's folder" in done.stderr
+def test_a_start_that_is_no_pipeline_is_told(tmp_path, run_here, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_here("--start", tmp_path, "--work_dir", tmp_path / "claim")
+    assert exit.value.code == 2 and "is no pipeline's folder" in capsys.readouterr().err
