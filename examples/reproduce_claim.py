@@ -45,6 +45,8 @@ DESIGNERS: dict[str, float | None] = {
     "50% of words mistaken": 0.5,
     "none": None,
 }
+# What is set side by side: each arm with the designer that it was trained with.
+COMPARED = {"instruction": "none", "blueprint": "truth"}
 BEGIN, END = "<!-- claim:begin -->", "<!-- claim:end -->"
 
 
@@ -119,6 +121,11 @@ def read_measured(work_dir: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted((work_dir / "measured").glob("*.json"))]
 
 
+def of(measured: list[dict], arm: str, designer: str) -> list[dict]:
+    """What was measured of the painters of that arm with that designer."""
+    return [m for m in measured if (m["arm"], m["designer"]) == (arm, designer)]
+
+
 def successes(measured: list[dict], kind: str | None) -> dict[int, list[float]]:
     """By seed, for each held-out edit of that kind, or of all, whether it succeeded."""
     kinds = DESIGN_EDIT_KINDS if kind is None else [kind]
@@ -157,10 +164,7 @@ def lift(without: list[dict], with_blueprints: list[dict], kind: str | None = No
 
 def tables(args: argparse.Namespace, measured: list[dict]) -> Iterator[str]:
     """The lines of docs/claim.md between its marks."""
-    main = {
-        arm: [m for m in measured if m["arm"] == arm and m["designer"] == designer]
-        for arm, designer in (("instruction", "none"), ("blueprint", "truth"))
-    }
+    main = {arm: of(measured, arm, designer) for arm, designer in COMPARED.items()}
     painters = sorted({f"{m['arm']}-{m['seed']}" for m in measured})
     times = [args.work_dir / painter / "seconds.json" for painter in painters]
     seconds = [json.loads(path.read_text()) for path in times if path.exists()]
@@ -182,8 +186,7 @@ def tables(args: argparse.Namespace, measured: list[dict]) -> Iterator[str]:
     yield "| designer for the painter with blueprints | success |"
     yield "| --- | --- |"
     for designer in DESIGNERS:
-        found = [m for m in measured if m["arm"] == "blueprint" and m["designer"] == designer]
-        yield f"| {designer} | {percent(found)} |"
+        yield f"| {designer} | {percent(of(measured, 'blueprint', designer))} |"
     yield "| self | the tiny model's reader is random and cannot write |"
 
 
@@ -197,9 +200,8 @@ def draw(measured: list[dict], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2), layout="constrained")
     colors = {"instruction": "#9aa5b1", "blueprint": "#2563eb"}
     for place, kind in enumerate((*DESIGN_EDIT_KINDS, None)):
-        for shift, (arm, designer) in ((-0.2, ("instruction", "none")), (0.2, ("blueprint", "truth"))):
-            found = [m for m in measured if m["arm"] == arm and m["designer"] == designer]
-            values = [100 * mean(seed) for seed in successes(found, kind).values()]
+        for shift, (arm, designer) in zip((-0.2, 0.2), COMPARED.items()):
+            values = [100 * mean(seed) for seed in successes(of(measured, arm, designer), kind).values()]
             if values:
                 left.bar(place + shift, mean(values), 0.38, color=colors[arm])
                 left.plot([place + shift] * len(values), values, ".", color="#1d232a", markersize=5)
@@ -213,8 +215,7 @@ def draw(measured: list[dict], path: Path) -> None:
         ncols=2,
     )
     for place, designer in enumerate(DESIGNERS):
-        found = [m for m in measured if m["arm"] == "blueprint" and m["designer"] == designer]
-        values = [100 * mean(seed) for seed in successes(found, None).values()]
+        values = [100 * mean(seed) for seed in successes(of(measured, "blueprint", designer), None).values()]
         if values:
             right.bar(place, mean(values), 0.6, color=colors["blueprint"])
             right.plot([place] * len(values), values, ".", color="#1d232a", markersize=5)
@@ -260,7 +261,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="Folder of claim.md, whose tables and plot are written anew.")
     args = parser.parse_args()
     if not (args.start / "model_index.json").exists():
-        parser.error(f"--start {args.start}: is no pipeline's folder.")
+        parser.error(f"--start {args.start}: is no pipeline's folder: it holds no model_index.json.")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         for arm in args.arms:

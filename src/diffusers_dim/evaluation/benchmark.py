@@ -135,6 +135,12 @@ class Scores:
     lower_is_better: bool = False
     mean_of_groups: bool = True
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of its cases in the benchmark's order; such as there is no figure of come last."""
+        groups = dict.fromkeys(case.group for case in self.cases)
+        return tuple(dict.fromkeys((*(name for name in self.figures if name in groups), *groups)))
+
     def save(self, path: Path) -> None:
         """Writes them as JSON."""
         write_lines(path, [json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False)])

@@ -289,8 +289,7 @@ def _designer(run: Mapping[str, Any]) -> str:
 
 def _columns(scores: Scores) -> tuple[str, ...]:
     """The groups that there are figures of, in order, and the overall figure."""
-    groups = {case.group for case in scores.cases}
-    return (*(name for name in scores.figures if name in groups), "overall")
+    return (*(group for group in scores.groups if group in scores.figures), "overall")
 
 
 def _scores_cases(scores: Scores) -> bool:
@@ -403,8 +402,8 @@ def _scores_table(scores: Sequence[Scores]) -> list[str]:
         head.append(f"{_markdown(row.model)}, published")
     body, columns = [], _columns(scores[0])
     # As many behind the point in all rows of groups; the overall figure may be printed with more.
-    groups = [name for name in columns if name != "overall"]
-    places = {name: _places(scores, ["overall"] if name == "overall" else groups) for name in columns}
+    groups = columns[:-1]
+    places = {**dict.fromkeys(groups, _places(scores, groups)), "overall": _places(scores, ["overall"])}
     for name in columns:
         cells = [_markdown(name)]
         for judged in scores:
@@ -576,7 +575,7 @@ def _draw_sheets(
     """A sheet a group: its best cases and its worst, or its first ones, as many, where no case has a score."""
     judged, sheets = {case.key: case for case in scores.cases}, {}
     by_case = _scores_cases(scores)
-    for group in dict.fromkeys([*_columns(scores)[:-1], *(case.group for case in cases)]):
+    for group in dict.fromkeys([*scores.groups, *(case.group for case in cases)]):
         members = [case for case in cases if case.group == group]
         ranked = [case for case in members if judged[case.key].score is not None]
         # Of equal scores the first case comes first.
@@ -595,11 +594,9 @@ def _draw_sheets(
         if not by_case:
             heading = f"{group}: {len(shown)} of {len(members)} cases"
         rows = [_sheet_row(which, case, judged[case.key], pictures, blueprints) for which, case in shown]
-        if all(not row.title and len(row.pictures) == 1 for row in rows):
-            rows = [
-                SheetRow("", [picture for row in rows[start : start + per_group] for picture in row.pictures])
-                for start in range(0, len(rows), per_group)
-            ]
+        if all(not row.title for row in rows):  # a picture each
+            alone = [row.pictures[0] for row in rows]
+            rows = [SheetRow("", alone[start : start + per_group]) for start in range(0, len(alone), per_group)]
         sheets[group] = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', group)}.png"
         with written_aside(sheets[group]) as aside:
             draw_sheet(rows, heading, SHEET_SIDE).save(aside, format="PNG")

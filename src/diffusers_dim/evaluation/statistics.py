@@ -188,9 +188,7 @@ def compare(a: Scores, b: Scores) -> Comparison:
         raise ValueError(
             f"The runs are over different data: {len(moved)} cases are of another group, such as {moved[0]!r}."
         )
-    groups_of_both = dict.fromkeys(case.group for case in (*a.cases, *b.cases))
-    in_order = [name for name in a.figures if name in groups_of_both]  # the benchmark's
-    by_group: dict[str, list[tuple[float, float]]] = {name: [] for name in (*in_order, *groups_of_both)}
+    by_group: dict[str, list[tuple[float, float]]] = {group: [] for group in (*a.groups, *b.groups)}
     for key, pair in pairs.items():
         by_group[groups_of_b[key]].append(pair)
     groups = {group: _difference([scores]) for group, scores in by_group.items()}

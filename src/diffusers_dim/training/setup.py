@@ -45,7 +45,7 @@ PIPELINE_KINDS = {"DIMEditPipeline": "edit", "DIMPipeline": "t2i", "SanaPipeline
 
 def cpu_emulates_bfloat16() -> bool:
     """
-    Whether bfloat16 on this processor is emulated: an x86 one without AVX-512, where a training step takes ten times
+    Whether bfloat16 on this processor is emulated: an x86 one without AVX-512, where a training step takes many times
     as long as in float32.
     """
     return torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2")
@@ -81,7 +81,7 @@ def create_accelerator(args: argparse.Namespace) -> Accelerator:
         # At a few dozen tokens a CPU's fused attention has a backward slower than the plain one's.
         torch.backends.cuda.enable_flash_sdp(False)
         if accelerator.mixed_precision == "bf16" and cpu_emulates_bfloat16():
-            logger.warning("This processor has no bfloat16: --mixed_precision no trains about ten times as fast.")
+            logger.warning("This processor has no bfloat16: --mixed_precision no trains many times as fast.")
     return accelerator
 
 
