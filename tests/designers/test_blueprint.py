@@ -3,6 +3,7 @@ import json
 import pickle
 import re
 import time
+from timeit import timeit
 
 import pytest
 from hypothesis import example, given, settings
@@ -319,8 +320,5 @@ def test_strip_thoughts_leaves_the_answer(text, answer):
 def test_hostile_text_is_read_or_refused_within_a_second(start, repeated):
     text = start + (repeated * 100_000)[:100_000] + "x"
 
-    began = time.process_time()
-    read(text)
-    strip_thoughts(text)
-
-    assert time.process_time() - began < 1
+    # `timeit` holds back the garbage collector, which would walk through what all tests before have left.
+    assert timeit(lambda: (read(text), strip_thoughts(text)), timer=time.process_time, number=1) < 1
